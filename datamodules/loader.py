@@ -1,0 +1,125 @@
+"""Batches of chunks by worker processes, resumable at the exact batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from datamodules.sampler import ChunkRequest, StreamBatchSampler
+from lightning_modules.streams import NO_STREAM, StreamPlan
+
+Chunk = dict[str, Any]
+
+
+class ChunkDataset(Protocol):
+    """What the loader needs: chunks per file, and one chunk by request.
+
+    An idle request brings any sample of the right shapes whose padding flags say that nothing in
+    it counts.
+    """
+
+    lengths: Sequence[int]
+
+    def __getitem__(self, request: ChunkRequest) -> dict[str, Tensor]: ...
+
+
+class _Tagged:
+    """Map-style view of a dataset whose samples carry the request they answer."""
+
+    def __init__(self, dataset: ChunkDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, request: ChunkRequest) -> tuple[ChunkRequest, dict[str, Tensor]]:
+        return request, self.dataset[request]
+
+
+def collate_chunks(
+    samples: Sequence[tuple[ChunkRequest, dict[str, Tensor]]], tbptt: int
+) -> list[Chunk]:
+    """Stack chunk-major samples into a list of `tbptt` chunks with the stream keys and the plan."""
+    rows = len(samples) // tbptt
+    return [_collate_chunk(samples[j * rows : (j + 1) * rows]) for j in range(tbptt)]
+
+
+def _collate_chunk(samples: Sequence[tuple[ChunkRequest, dict[str, Tensor]]]) -> Chunk:
+    requests = [request for request, _ in samples]
+    plan = StreamPlan(
+        stream_id=tuple(NO_STREAM if r.idle else r.file for r in requests),
+        chunk_index=tuple(r.index for r in requests),
+        is_first=tuple(r.is_first for r in requests),
+    )
+    chunk = default_collate([sample for _, sample in samples])
+    chunk["stream_id"] = torch.tensor(plan.stream_id)
+    chunk["chunk_index"] = torch.tensor(plan.chunk_index)
+    chunk["is_first"] = torch.tensor(plan.is_first)
+    chunk["plan"] = plan
+    return chunk
+
+
+class StreamLoader:
+    """Iterable of batches (lists of `tbptt` chunks) that knows and restores its position.
+
+    Not a `DataLoader` itself, so Lightning leaves its order alone; it finds `sampler.set_epoch`
+    and saves `state_dict` in every checkpoint.
+
+    Args:
+        dataset: source of chunks.
+        sampler: their order.
+        num_workers: processes that read ahead; what they read does not change with their number.
+        pin_memory: page-locked batches, for faster copies to a GPU.
+    """
+
+    def __init__(
+        self,
+        dataset: ChunkDataset,
+        sampler: StreamBatchSampler,
+        *,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.sampler = sampler
+        self.batch_sampler = None  # Lightning looks for shuffling in both
+        self._position = 0
+        self._resume: dict[str, int] | None = None
+        self._loader = DataLoader(
+            _Tagged(dataset),  # type: ignore[arg-type]  # a map-style dataset keyed by requests
+            batch_sampler=sampler,  # type: ignore[arg-type]
+            collate_fn=partial(collate_chunks, tbptt=sampler.tbptt),
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+            # Of its own: an iterator must not draw from the global generator, or a validation
+            # run would change the training that follows it.
+            generator=torch.Generator().manual_seed(sampler.seed),
+        )
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[list[Chunk]]:
+        """Batches of the sampler's epoch; after `load_state_dict` only those not yet seen."""
+        self._position = self._take_resume_position()
+        self.sampler.start = self._position
+        for batch in self._loader:
+            self._position += 1
+            yield batch
+
+    def _take_resume_position(self) -> int:
+        resume, self._resume = self._resume, None
+        if resume is None or resume["epoch"] != self.sampler.epoch:
+            return 0
+        return resume["position"]
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and number of batches of it that were handed out."""
+        return {"epoch": self.sampler.epoch, "position": self._position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue behind the batches that were handed out when `state` was taken."""
+        self._resume = dict(state)
