@@ -1,0 +1,19 @@
+"""Callbacks: stream state, monitors, evaluation in closed loop, averaged weights."""
+
+from callbacks.closed_loop import ClosedLoopEvaluation
+from callbacks.ema import EMA
+from callbacks.fast_weights import FastWeightMonitor
+from callbacks.file_boundary import FileBoundaryReset
+from callbacks.gates import GateMonitor
+from callbacks.stream_checkpoint import StreamStateCheckpoint
+from callbacks.throughput import Throughput
+
+__all__ = [
+    "EMA",
+    "ClosedLoopEvaluation",
+    "FastWeightMonitor",
+    "FileBoundaryReset",
+    "GateMonitor",
+    "StreamStateCheckpoint",
+    "Throughput",
+]

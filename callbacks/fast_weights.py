@@ -1,0 +1,125 @@
+"""What the fast weights learn while they read, and how far they move."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from callbacks.logging import heat_map, log_figure
+from callbacks.monitor import Monitor, ObservedChunk, SlotResult, layer_tags, slot_scalars
+from callbacks.statistics import (
+    BinnedMean,
+    RunningMoments,
+    RunningShare,
+    group_slots,
+    row_means,
+)
+from lightning_modules.streams import NO_STREAM, StreamPlan
+
+CHUNK_BINS = 16
+CHUNK_FIGURE = "state_norm by chunk"
+
+
+class FastWeightMonitor(Monitor):
+    """Write what the fast weights W + dW of every layer do to the logger.
+
+    Means over rows and heads, per layer: `fast_weight/state_norm/layer_03` = |dW|,
+    `relative_change` = |dW| / |W| (and `relative_change_max`), `cosine` between W + dW and W, and
+    `eta`, the inner learning rate as used. In the step that ends with a flush also
+    `inner_loss_before` and `inner_loss_after`, the objective that is optimised,
+    1/2 || LN(f(k)) - (v - k) ||^2 per token, before and after the call's update. One tag without a
+    layer, of all steps: `fast_weight/reset_share`, the share of rows that began a file. A heat map
+    shows the state's norm by chunk index in the file.
+
+    NaN or Inf in a state stops the run at the next flush and names layer, row, stream and step.
+
+    Args:
+        every_n_steps: optimizer steps between two flushes.
+        observe_every_n_steps: one of so many optimizer steps is looked at, and every flush.
+        figure_every_n_steps: optimizer steps between two heat maps.
+    """
+
+    topics: ClassVar[frozenset[str]] = frozenset({"fast_weight"})
+    flush_topics: ClassVar[frozenset[str]] = frozenset({"inner_loss"})
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Counted in every step: how often files begin may rhyme with how often we look.
+        share = self.metric("reset_share", ("rows",), pl_module.device, RunningShare)
+        for plan in pl_module.streams.plans:
+            share.update(*_resets(plan))
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def observe(self, chunk: ObservedChunk) -> None:
+        self._observe_norms(chunk)
+        for name in ("cosine", "eta"):
+            self._observe_mean(name, *chunk.values("fast_weight", name), chunk)
+        for name in ("before", "after"):
+            self._observe_mean(f"inner_loss_{name}", *chunk.values("inner_loss", name), chunk)
+
+    def _observe_norms(self, chunk: ObservedChunk) -> None:
+        slots, norms = chunk.values("fast_weight", "state_norm")
+        if not slots:
+            return
+        _, weights = chunk.values("fast_weight", "weight_norm")
+        sizes = zip(norms, weights, strict=True)
+        relative = [norm / weight.clamp_min(1e-8) for norm, weight in sizes]
+        means = row_means(group_slots(norms))
+        self.check_finite("fast state", slots, means, chunk)
+        self._observe_mean("state_norm", slots, norms, chunk)
+        self._observe_mean("relative_change", slots, relative, chunk)
+        make = partial(BinnedMean, bins=CHUNK_BINS)
+        by_chunk = self.metric(CHUNK_FIGURE, slots, means.device, make, in_figure=True)
+        if not chunk.idle:
+            by_chunk.update(chunk.live(means, dim=1), chunk.live(chunk.chunk["chunk_index"]))
+
+    def _observe_mean(
+        self, name: str, slots: tuple[str, ...], values: list[Tensor], chunk: ObservedChunk
+    ) -> None:
+        if not slots:
+            return
+        moments = self.metric(name, slots, values[0].device, RunningMoments)
+        if not chunk.idle:
+            moments.update([chunk.live(group, dim=1) for group in group_slots(values)])
+
+    def write(
+        self, results: Mapping[str, SlotResult], trainer: pl.Trainer, step: int
+    ) -> dict[str, float]:
+        scalars: dict[str, float] = {}
+        for name, result in results.items():
+            if name == CHUNK_FIGURE:
+                self._draw(result, trainer, step)
+            elif name == "reset_share":
+                scalars |= slot_scalars(
+                    result, ["mean"], lambda key, tag: "fast_weight/reset_share"
+                )
+            else:
+                scalars |= slot_scalars(result, ["mean"], partial(_tag, name))
+        if "relative_change" in results:
+            largest = partial(_tag, "relative_change_max")
+            scalars |= slot_scalars(results["relative_change"], ["max"], largest)
+        return scalars
+
+    @staticmethod
+    def _draw(result: SlotResult, trainer: pl.Trainer, step: int) -> None:
+        columns = [*map(str, range(CHUNK_BINS - 1)), f"{CHUNK_BINS - 1}+"]
+        figure = heat_map(
+            result.values["mean"], layer_tags(result.slots), columns, "chunk in the file", "|dW|"
+        )
+        log_figure(trainer, "fast_weight/state_norm/by_chunk", figure, step)
+
+
+def _resets(plan: StreamPlan) -> tuple[int, int]:
+    """Rows that begin a file, and rows that have one."""
+    rows = zip(plan.stream_id, plan.is_first, strict=True)
+    live = [first for id_, first in rows if id_ != NO_STREAM]
+    return sum(live), len(live)
+
+
+def _tag(quantity: str, key: str, layer: str) -> str:
+    return f"fast_weight/{quantity}/{layer}"

@@ -1,0 +1,116 @@
+"""How far the gates are open, and how much each branch adds to the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import ClassVar
+
+import lightning.pytorch as pl
+import numpy as np
+from torch import Tensor
+
+from callbacks.logging import heat_map, log_figure, log_histogram
+from callbacks.monitor import Monitor, ObservedChunk, SlotResult, layer_tags, slot_scalars
+from callbacks.statistics import (
+    BinnedMean,
+    RunningHistogram,
+    RunningMoments,
+    group_slots,
+    row_means,
+)
+
+TIME_BINS = 10
+SATURATION = 0.99
+HISTOGRAM_LIMIT = 1.5
+HISTOGRAM_BINS = 60
+
+
+class GateMonitor(Monitor):
+    """Write the gates of every layer to the logger.
+
+    For each published gate (`attn`, `ttt`, ...) and for `alpha` (tanh of the static gate's
+    parameter): `gate/ttt/mean/layer_03`, `std`, `min`, `max`, and `saturation`, the share of
+    entries with |gate| > 0.99. The ratio |gate * branch| / |residual| of each row gives
+    `gate/ratio_ttt/mean/layer_03`, `std`, `min`, `max`. TensorBoard also gets a histogram of the
+    last step's gates, and heat maps of layer by flow-matching time (10 bins) where there is one.
+
+    Args:
+        every_n_steps: optimizer steps between two flushes.
+        observe_every_n_steps: one of so many optimizer steps is looked at, and every flush.
+        figure_every_n_steps: optimizer steps between two heat maps.
+    """
+
+    topics: ClassVar[frozenset[str]] = frozenset({"gate"})
+
+    def observe(self, chunk: ObservedChunk) -> None:
+        _, times = chunk.values("gate", "time")
+        names = [name for fields in chunk.published.get("gate", {}).values() for name in fields]
+        for name in dict.fromkeys(names):
+            if name != "time":
+                self._observe(name, chunk, times)
+
+    def _observe(self, name: str, chunk: ObservedChunk, times: list[Tensor]) -> None:
+        slots, values = chunk.values("gate", name)
+        quantity, device = name.removeprefix("gate_"), values[0].device
+        is_ratio = name.startswith("ratio_")
+        by_row = is_ratio or (values[0].dim() == 3 and len(values[0]) == len(chunk.plan.stream_id))
+        threshold = None if is_ratio else SATURATION
+        moments = self.metric(quantity, slots, device, partial(RunningMoments, threshold=threshold))
+        histogram = by_time = None
+        if chunk.flushing and not is_ratio:
+            make = partial(
+                RunningHistogram, low=-HISTOGRAM_LIMIT, high=HISTOGRAM_LIMIT, bins=HISTOGRAM_BINS
+            )
+            histogram = self.metric(f"{quantity} histogram", slots, device, make)
+        if by_row and times:
+            make_binned = partial(BinnedMean, bins=TIME_BINS)
+            by_time = self.metric(f"{quantity} by time", slots, device, make_binned, in_figure=True)
+        groups = group_slots(values)
+        if is_ratio:
+            self.check_finite(quantity, slots, row_means(groups), chunk)
+        if chunk.idle:
+            return
+        if by_row:
+            groups = [chunk.live(group, dim=1) for group in groups]
+        moments.update(groups)
+        if histogram is not None:
+            histogram.update(groups)
+        if by_time is not None:
+            by_time.update(row_means(groups), (chunk.live(times[0]) * TIME_BINS).long())
+
+    def write(
+        self, results: Mapping[str, SlotResult], trainer: pl.Trainer, step: int
+    ) -> dict[str, float]:
+        scalars: dict[str, float] = {}
+        for name, result in results.items():
+            quantity, _, kind = name.partition(" ")
+            if kind == "histogram":
+                self._write_histograms(quantity, result, trainer, step)
+            elif kind == "by time":
+                figure = heat_map(
+                    result.values["mean"],
+                    layer_tags(result.slots),
+                    [f"{i / TIME_BINS:.1f}" for i in range(TIME_BINS)],
+                    "flow-matching time (left edge of bin)",
+                    f"mean {quantity}",
+                )
+                log_figure(trainer, f"gate/{quantity}/by_time", figure, step)
+            else:
+                keys = [key for key in result.values if key != "count"]
+                scalars |= slot_scalars(result, keys, partial(_tag, quantity))
+        return scalars
+
+    @staticmethod
+    def _write_histograms(
+        quantity: str, result: SlotResult, trainer: pl.Trainer, step: int
+    ) -> None:
+        edges = np.linspace(-HISTOGRAM_LIMIT, HISTOGRAM_LIMIT, HISTOGRAM_BINS + 1)
+        for slot, tag in enumerate(layer_tags(result.slots)):
+            counts = result.values["counts"][slot]
+            if counts.sum() > 0:
+                log_histogram(trainer, _tag(quantity, "histogram", tag), counts, edges, step)
+
+
+def _tag(quantity: str, key: str, layer: str) -> str:
+    return f"gate/{quantity}/{key}/{layer}"

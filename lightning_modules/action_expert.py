@@ -1,0 +1,232 @@
+"""TTT-gated action expert: a policy whose fast weights learn while the episode runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from lightning_modules.adapters import TTTAdapterConfig, inject_adapters
+from lightning_modules.base import AdapterModule, Chunk, ParameterGroup, Schedule
+from lightning_modules.layers.normalization import Normalizer
+from lightning_modules.models.action_expert import ActionExpert, ExpertConfig, Writers
+from lightning_modules.models.flow_matching import (
+    euler_sample,
+    flow_matching_loss,
+    interpolate,
+    sample_time,
+)
+from lightning_modules.policy import ActionExpertPolicy
+from lightning_modules.streams import FastState
+
+
+class ActionExpertModule(AdapterModule):
+    """Flow-matching action expert with test-time training after attention.
+
+    Per layer `x + gate_attn * attn + gate_ttt * ttt(attn)`, then the MLP with its own gate; the
+    TTT layer takes the chunk's observation and action tokens as one non-causal mini-batch.
+    Training minimises `|| v(x_t, t) - (noise - action) ||^2` over the valid entries, with
+    `x_t = t * noise + (1 - t) * action` and `t ~ 0.001 + 0.999 * Beta(1.5, 1)`.
+
+    Sizes and normalisation statistics come from the DataModule and are stored in the checkpoint.
+
+    Args:
+        optimizer: e.g. `{class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}`.
+        expert: size of the transformer.
+        ttt: the TTT adapter; None trains the control without TTT.
+        ttt_layer_positions: layers with TTT: "all" or a list of indices; None means none.
+        ttt_write: tokens that update the fast weights; None takes `observation` when the state is
+            carried through an episode and `all` otherwise.
+        ttt_state: `reset` starts every call from the learned weights, `carry_denoise` carries
+            the state across the Euler steps of one chunk, `carry_episode` across the chunks of an
+            episode (trained through the `tbptt` chunks of a batch).
+        execution_horizon: actions played before the next chunk is sampled; with `carry_episode`
+            the data's stride must equal it.
+        denoise_steps: Euler steps of the sampler.
+        normalization: `z_score`, `quantile` (q01 and q99 to -1 and 1) or `none`.
+        schedule: learning rate over the run.
+        groups: options of the parameter groups `base` (transformer), `adapter` (slow weights of
+            TTT), `gate`, `fast` (learned initial fast weights and their step sizes).
+
+    Raises:
+        ValueError: TTT layers out of range or without `ttt`, or data that does not fit.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable,
+        expert: ExpertConfig | None = None,
+        ttt: TTTAdapterConfig | None = None,
+        ttt_layer_positions: Literal["all"] | list[int] | None = "all",
+        ttt_write: Writers | None = None,
+        ttt_state: Literal["reset", "carry_denoise", "carry_episode"] = "reset",
+        execution_horizon: int = 8,
+        denoise_steps: int = 10,
+        normalization: Literal["z_score", "quantile", "none"] = "z_score",
+        schedule: Schedule | None = None,
+        groups: dict[str, ParameterGroup] | None = None,
+    ) -> None:
+        super().__init__(optimizer, schedule, groups, persistent=ttt_state == "carry_episode")
+        self.expert = expert or ExpertConfig()
+        self.ttt = ttt
+        self.ttt_layers = _layer_positions(ttt, ttt_layer_positions, self.expert.num_layers)
+        self.ttt_state = ttt_state
+        self.ttt_write = ttt_write or ("observation" if ttt_state == "carry_episode" else "all")
+        self.execution_horizon = execution_horizon
+        self.denoise_steps = denoise_steps
+        self.normalization = normalization
+        self.features: dict[str, Any] = {}
+        self.model: ActionExpert | None = None
+
+    def configure_model(self) -> None:
+        """Build the model for the DataModule's features, unless a checkpoint has done so."""
+        if self.model is None:
+            datamodule = getattr(self.trainer, "datamodule", None)
+            if not hasattr(datamodule, "features"):
+                raise ValueError(
+                    "ActionExpertModule takes its sizes from the DataModule: use ActionChunkDataModule "
+                    "or RecordedSimulation (data.class_path)"
+                )
+            self.build(datamodule.features, datamodule.statistics)
+
+    def build(
+        self, features: Mapping[str, Any], statistics: Mapping[str, Any] | None = None
+    ) -> None:
+        """Create the model.
+
+        Args:
+            features: `state_dim`, `action_dim`, `horizon`, `stride` (None without streams),
+                `image_keys` and `delta_actions`, as `ActionChunkDataModule.features` gives them.
+            statistics: feature -> statistic -> values of the training data; None leaves them to
+                the checkpoint that is loaded next.
+        """
+        self._check(features)
+        self.features = dict(features)
+        self.normalizer = Normalizer(statistics, self.normalization)
+        self.model = ActionExpert(self.expert, features["state_dim"], features["action_dim"])
+        if self.ttt is not None and self.ttt_layers:
+            config = replace(self.ttt, cond_size=self.model.cond_size)
+            plan = [(f"layers.{index}.self_attn", "ttt", config) for index in self.ttt_layers]
+            inject_adapters(self.model, plan)
+
+    def _check(self, features: Mapping[str, Any]) -> None:
+        horizon, stride = features["horizon"], features["stride"]
+        if self.execution_horizon > horizon:
+            raise ValueError(
+                f"execution_horizon={self.execution_horizon} exceeds the data's horizon {horizon}"
+            )
+        if self.ttt_state == "carry_episode" and stride != self.execution_horizon:
+            raise ValueError(
+                f"ttt_state=carry_episode carries the state every {self.execution_horizon} steps "
+                f"(execution_horizon), but the data's stride is {stride}: set the DataModule's "
+                f"mode to stream and its stride to {self.execution_horizon}"
+            )
+        if features["image_keys"]:
+            raise ValueError(
+                f"this expert sees the state vector only; remove image_keys={features['image_keys']}"
+            )
+
+    def chunk_loss(
+        self, chunk: Chunk, fast_state: FastState, generator: torch.Generator | None
+    ) -> Tensor:
+        """Flow-matching loss over the valid entries of a chunk; see `AdapterModule.chunk_loss`."""
+        assert self.model is not None
+        state = self.normalizer.normalize("observation.state", chunk["observation.state"])
+        actions = self.normalizer.normalize("action", chunk["action"])
+        noise = torch.randn(
+            actions.shape, dtype=actions.dtype, device=actions.device, generator=generator
+        )
+        time = sample_time(actions.shape[:1], generator=generator, device=actions.device)
+        noisy, target = interpolate(actions, noise, time)
+        velocity = self.model(state, noisy, time, fast_state=fast_state, write=self.ttt_write)
+        loss, _ = flow_matching_loss(velocity, target, chunk["action_is_pad"])
+        return loss
+
+    @torch.no_grad()
+    def sample_actions(
+        self,
+        state: Tensor,
+        fast_state: FastState | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Sample a chunk of actions by Euler steps from noise (t = 1) to data (t = 0).
+
+        Args:
+            state: observation in the units of the data, `[B, S]`.
+            fast_state: handle on the rows' state. All Euler steps read the same state; what the
+                last one writes is the state after the chunk.
+            generator: source of noise.
+
+        Returns:
+            Actions in the units of the data, `[B, A, D]`.
+        """
+        assert self.model is not None
+        model, fast = self.model, fast_state or FastState.transient()
+        observation = self.normalizer.normalize("observation.state", state)
+        shape = (state.shape[0], self.features["horizon"], self.features["action_dim"])
+        noise = torch.randn(shape, device=state.device, generator=generator)
+
+        def velocity(noisy: Tensor, time: Tensor) -> Tensor:
+            nonlocal fast
+            out = model(
+                observation, noisy, time.expand(len(noisy)), fast_state=fast, write=self.ttt_write
+            )
+            if self.ttt_state == "carry_denoise":
+                fast = fast.advance()
+            return out
+
+        actions = euler_sample(velocity, noise, self.denoise_steps)
+        actions = self.normalizer.unnormalize("action", actions)
+        for dim in self.features["delta_actions"]:
+            actions[..., dim] += state[:, None, dim]
+        return actions
+
+    def policy(self, seed: int = 0) -> ActionExpertPolicy:
+        """This module as a policy; the weights are shared, nothing is copied."""
+        return ActionExpertPolicy(self, seed=seed)
+
+    def parameter_group(self, name: str) -> str:
+        """`gate`, `fast` and `adapter` inside a TTT adapter, `base` elsewhere."""
+        if ".ttt" not in name:
+            return "base"
+        if "gate" in name:
+            return "gate"
+        leaf = name.rsplit(".", 1)[-1]
+        fast = ("W1", "b1", "W2", "b2", "learnable_ttt_lr_weight", "learnable_ttt_lr_bias")
+        return "fast" if leaf in fast else "adapter"
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the sizes, so that the checkpoint rebuilds the model by itself."""
+        checkpoint["features"] = self.features
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuild the model before its weights are loaded; other sizes are an error."""
+        stored = checkpoint["features"]
+        if self.model is None:
+            self.build(stored)
+        for key in ("state_dim", "action_dim", "horizon"):
+            if stored[key] != self.features[key]:
+                raise ValueError(
+                    f"the checkpoint was trained with {key}={stored[key]}, the data has "
+                    f"{self.features[key]}: use the data it was trained on, or train anew"
+                )
+
+
+def _layer_positions(
+    ttt: TTTAdapterConfig | None, positions: Literal["all"] | list[int] | None, depth: int
+) -> tuple[int, ...]:
+    if ttt is None or positions is None:
+        return ()
+    if positions == "all":
+        return tuple(range(depth))
+    outside = [index for index in positions if not 0 <= index < depth]
+    if outside:
+        raise ValueError(
+            f"ttt_layer_positions has {outside[0]}, but the expert's {depth} layers are "
+            f"0 to {depth - 1}"
+        )
+    return tuple(sorted(set(positions)))

@@ -1,0 +1,102 @@
+"""Adapters by name, and their options from plain dictionaries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any, NamedTuple, TypeVar, get_type_hints
+
+from torch import nn
+
+from lightning_modules.adapters.base import BaseAttentionAdapter
+
+AdapterClass = TypeVar("AdapterClass", bound=type[BaseAttentionAdapter])
+
+
+class _Entry(NamedTuple):
+    adapter_class: type[BaseAttentionAdapter]
+    config_class: type
+
+
+_ADAPTERS: dict[str, _Entry] = {}
+
+
+def register_attention_adapter(
+    name: str, config_class: type
+) -> Callable[[AdapterClass], AdapterClass]:
+    """Class decorator: make an adapter known as `name`.
+
+    Args:
+        name: the `adapter_type` of plans and configurations.
+        config_class: dataclass of its options; the adapter is built as
+            `adapter_class(base_attention, config)`.
+
+    Raises:
+        ValueError: the name is taken by another class.
+    """
+
+    def register(adapter_class: AdapterClass) -> AdapterClass:
+        known = _ADAPTERS.get(name)
+        if known is not None and known.adapter_class.__qualname__ != adapter_class.__qualname__:
+            raise ValueError(
+                f"adapter {name!r} is already {known.adapter_class.__qualname__}: "
+                f"register {adapter_class.__qualname__} under another name"
+            )
+        _ADAPTERS[name] = _Entry(adapter_class, config_class)
+        return adapter_class
+
+    return register
+
+
+def create_attention_adapter(
+    base_attention: nn.Module, adapter_type: str, adapter_config: Any | None = None
+) -> BaseAttentionAdapter:
+    """Wrap an attention module.
+
+    Args:
+        base_attention: module to wrap.
+        adapter_type: registered name, e.g. `ttt`.
+        adapter_config: options as a dict (nested where the dataclass is) or as the adapter's own
+            dataclass; None takes the defaults.
+
+    Raises:
+        ValueError: unknown type or option, or options of another adapter.
+    """
+    if adapter_type not in _ADAPTERS:
+        known = ", ".join(sorted(_ADAPTERS))
+        raise ValueError(f"unknown adapter type {adapter_type!r}; known types are {known}")
+    adapter_class, config_class = _ADAPTERS[adapter_type]
+    return adapter_class(base_attention, _as_config(config_class, adapter_config, adapter_type))
+
+
+def _as_config(config_class: type, options: Any, where: str) -> Any:
+    if isinstance(options, config_class):
+        return options
+    if options is None:
+        options = {}
+    if not isinstance(options, Mapping):
+        raise ValueError(
+            f"{where}: options are a {type(options).__name__}; "
+            f"expected a dict or a {config_class.__name__}"
+        )
+    _check_names(config_class, options, where)
+    types = get_type_hints(config_class)
+    values = {
+        name: _as_config(types[name], value, f"{where}.{name}")
+        if is_dataclass(types[name])
+        else value
+        for name, value in options.items()
+    }
+    return config_class(**values)
+
+
+def _check_names(config_class: type, options: Mapping[str, Any], where: str) -> None:
+    known = [field.name for field in fields(config_class)]
+    for name in options:
+        if name not in known:
+            close = get_close_matches(name, known, n=1, cutoff=0.0)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(
+                f"{where}: unknown option {name!r}; {hint}Options are {', '.join(known) or 'none'}"
+            )

@@ -1,0 +1,10 @@
+"""Pure tensor functions: each op is a folder with a readable loop and fast backends.
+
+Importing this package loads torch only.
+"""
+
+from lightning_modules.ops.states import TTTLinearState, TTTMLPState
+from lightning_modules.ops.ttt_linear import ttt_linear
+from lightning_modules.ops.ttt_mlp import ttt_mlp
+
+__all__ = ["TTTLinearState", "TTTMLPState", "ttt_linear", "ttt_mlp"]

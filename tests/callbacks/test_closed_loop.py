@@ -1,0 +1,258 @@
+"""Closed-loop evaluation reports what happened, and training does not notice it."""
+
+from __future__ import annotations
+
+import random
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.utils.data import DataLoader
+from toy_streams import ToyModule, fit, read_tensorboard, same, scalar, toy_batches
+
+import callbacks.closed_loop
+from callbacks import EMA, ClosedLoopEvaluation
+from callbacks.closed_loop import wilson_interval
+from datamodules.simulations import Simulation, episode_seed
+from lightning_modules.streams import FastState
+
+
+class ToyEnv:
+    """A point that moves by its action; solved where x exceeds the goal's. Disturbs all RNGs."""
+
+    def reset(self, seed: int) -> tuple[dict[str, np.ndarray], dict]:
+        self.position = np.zeros(2)
+        self.goal = np.array([1 + seed % 3, 0.0])  # needs 1, 2 or 3 steps
+        return self._observe(), {}
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+        random.random(), np.random.rand(), torch.rand(1)
+        self.position = self.position + action
+        solved = bool(self.position[0] >= self.goal[0])
+        return self._observe(), 0.0, False, False, {"is_success": solved}
+
+    def close(self) -> None:
+        pass
+
+    def _observe(self) -> dict[str, np.ndarray]:
+        return {
+            "observation": self.position,
+            "achieved_goal": self.position,
+            "desired_goal": self.goal,
+        }
+
+
+class ToySimulation(Simulation):
+    def make(self) -> Any:
+        return ToyEnv()
+
+
+SIMULATION = ToySimulation(
+    name="Toy",
+    environment="Toy-v0",
+    task="pass the goal",
+    state_names=("x", "y", "goal_x", "goal_y"),
+    action_names=("dx", "dy"),
+    max_steps=2,  # an episode that needs 3 fails
+    fps=10,
+)
+
+
+class ToyData(pl.LightningDataModule):
+    simulation = SIMULATION
+    goal_visible_steps: int | None = None
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(toy_batches(4), batch_size=None, collate_fn=same)
+
+
+class ToyPolicy:
+    def __init__(self, module: ActingModule) -> None:
+        self.module = module
+
+    def select_actions(self, states: np.ndarray, new_episode: np.ndarray) -> np.ndarray:
+        self.module.acted.append((self.module.alpha.detach().clone(), states, new_episode))
+        assert not any(module.training for module in self.module.modules())
+        assert not torch.is_grad_enabled()
+        self.module(torch.randn(4, 5, 8), FastState.transient())
+        return np.tile([1.0, 0.1], (len(states), 1)).astype(np.float32)
+
+
+class ActingModule(ToyModule):
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        self.layers[2].eval()  # a part that is frozen in eval mode must stay so
+        self.acted: list[tuple[Tensor, np.ndarray, np.ndarray]] = []
+
+    def policy(self, seed: int = 0) -> ToyPolicy:
+        return ToyPolicy(self)
+
+
+@pytest.fixture(autouse=True)
+def datamodule_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fit` of the toy streams passes a loader; these tests need a DataModule."""
+    plain = pl.Trainer.fit
+
+    def with_datamodule(self: pl.Trainer, module: Any, *args: Any, **options: Any) -> None:
+        plain(self, module, datamodule=ToyData(), ckpt_path=options.get("ckpt_path"))
+
+    monkeypatch.setattr(pl.Trainer, "fit", with_datamodule)
+
+
+def run(folder: Path, *extra: pl.Callback, **options: Any) -> tuple[ActingModule, pl.Trainer]:
+    torch.manual_seed(1)
+    module = ActingModule()
+    torch.manual_seed(2)
+    return module, fit(module, [], folder, list(extra), **options)
+
+
+def test_success_interval_length_line_and_figure_equal_the_episodes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluation = ClosedLoopEvaluation(episodes=20, num_envs=6, every_n_steps=2)
+    _, trainer = run(tmp_path, evaluation)
+    needed = [1 + episode_seed("evaluate", 0, episode) % 3 for episode in range(20)]
+    solved = sum(steps <= 2 for steps in needed)
+    events = read_tensorboard(tmp_path)
+    low, high = wilson_interval(solved, 20)
+    expected = {
+        "success": solved / 20, "success_low": low, "success_high": high,
+        "episode_length": np.minimum(needed, 2).mean(),
+    }  # fmt: skip
+    for name, number in expected.items():
+        written = scalar(events, f"closed_loop/{name}")
+        assert list(written) == [0, 2, 4]
+        assert written[0] == pytest.approx(number, rel=1e-6)
+    assert events.Images("closed_loop/paths")
+    out = capsys.readouterr().out
+    line = f"closed-loop success: {5 * solved:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    for moment in ("before training", "step 2", "after training"):
+        assert f"{line} over 20 episodes ({moment})" in out
+    assert trainer.callback_metrics["closed_loop/success"].item() == pytest.approx(solved / 20)
+
+
+def test_training_with_evaluation_is_bit_identical_to_training_without(tmp_path: Path) -> None:
+    evaluation = ClosedLoopEvaluation(episodes=3, num_envs=2, every_n_steps=1)
+    module, _ = run(tmp_path / "with", evaluation)
+    plain, _ = run(tmp_path / "without")
+    for (name, mine), other in zip(module.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, other), name
+    assert [m.training for m in module.modules()] == [m.training for m in plain.modules()]
+
+
+def test_without_isolated_random_states_training_would_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callbacks.closed_loop, "isolate_rng", nullcontext)
+    module, _ = run(tmp_path / "with", ClosedLoopEvaluation(episodes=3, every_n_steps=1))
+    plain, _ = run(tmp_path / "without")
+    assert not torch.equal(module.alpha, plain.alpha)
+
+
+def test_python_and_numpy_random_states_are_put_back(tmp_path: Path) -> None:
+    random.seed(5)
+    np.random.seed(5)
+    expected = random.Random(5).random(), np.random.RandomState(5).rand()
+    run(tmp_path, ClosedLoopEvaluation(episodes=3))
+    assert (random.random(), np.random.rand()) == expected
+
+
+def test_the_averaged_weights_act_and_the_trained_ones_go_on(tmp_path: Path) -> None:
+    plain, _ = run(tmp_path / "plain", ClosedLoopEvaluation(episodes=1, every_n_steps=1))
+    module, _ = run(
+        tmp_path / "ema", ClosedLoopEvaluation(episodes=1, every_n_steps=1), EMA(decay=0.5)
+    )
+    trained = _alphas(plain)
+    acted = _alphas(module)
+    average = trained[1]
+    for before, after in zip(acted[2:], trained[2:], strict=True):
+        # The evaluation comes first in the list of callbacks, so it sees the previous average.
+        assert torch.allclose(before, average, rtol=1e-5)
+        average = 0.5 * average + 0.5 * after
+
+
+def _alphas(module: ActingModule) -> list[Tensor]:
+    """alpha at each evaluation; its one episode begins with `new`."""
+    return [alpha for alpha, _, new in module.acted if new[0]]
+
+
+def test_goal_is_hidden_as_the_datamodule_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ToyData, "goal_visible_steps", 1)
+    module, _ = run(tmp_path, ClosedLoopEvaluation(episodes=4, num_envs=4, at_end=False))
+    first, second = (states for _, states, _ in module.acted[:2])
+    assert (first[:, 2] > 0).all()
+    assert (second[:, 2:] == 0).any()
+
+
+def test_a_resumed_run_is_not_evaluated_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+    evaluation = ClosedLoopEvaluation(episodes=1, at_end=False)
+    run(tmp_path, evaluation, checkpoint, enable_checkpointing=True)
+    assert "before training" in capsys.readouterr().out
+    run(tmp_path / "rest", evaluation, ckpt_path=str(tmp_path / "step=4.ckpt"), max_epochs=2)
+    assert "before training" not in capsys.readouterr().out
+
+
+def test_model_checkpoint_can_keep_the_most_successful(tmp_path: Path) -> None:
+    evaluation = ClosedLoopEvaluation(episodes=2, every_n_steps=2, at_start=False)
+    best = ModelCheckpoint(
+        tmp_path, "best-{step}", monitor="closed_loop/success", mode="max", every_n_train_steps=2
+    )
+    run(tmp_path, evaluation, best, enable_checkpointing=True)
+    assert best.best_model_score is not None
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_interval_equals_newcombe_1998_table_1(
+    successes: int, n: int, low: float, high: float
+) -> None:
+    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_interval_contains_all_successes_and_rejects_nonsense() -> None:
+    assert wilson_interval(100, 100)[1] == 1.0
+    with pytest.raises(ValueError, match="3 successes of 2"):
+        wilson_interval(3, 2)
+
+
+class FakeTrainer:
+    strategy: Any = None
+    datamodule: Any = None
+
+
+def test_an_unknown_simulation_is_an_error_before_training() -> None:
+    with pytest.raises(ValueError, match="set its option simulation"):
+        ClosedLoopEvaluation().setup(FakeTrainer(), ActingModule(), "fit")
+
+
+def test_a_sharded_module_is_an_error() -> None:
+    trainer = FakeTrainer()
+    trainer.strategy = ModelParallelStrategy()
+    with pytest.raises(ValueError, match="ModelParallelStrategy"):
+        ClosedLoopEvaluation(simulation="FetchReach").setup(trainer, ActingModule(), "fit")
+
+
+@pytest.mark.parametrize("wrong", [{"episodes": 0}, {"num_envs": 0}, {"every_n_steps": 0}])
+def test_numbers_below_one_are_an_error(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}=0"):
+        ClosedLoopEvaluation(**wrong)

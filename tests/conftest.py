@@ -1,0 +1,63 @@
+"""Settings that every test shares; set before torch and the hub's client are imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from hypothesis import settings
+
+import cli
+
+# Processes, not threads, use the cores (see the Makefile), and no test may need a download.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# The machine decides how long an example takes; the examples are the same in every run.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
+
+
+class CliResult(NamedTuple):
+    """How a run of the command line ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last_line(self) -> str:
+        return self.err.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def run_cli(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., CliResult]:
+    """Run the command line in this process, in a folder that holds `case.yaml`."""
+    from cli_cases import CONFIG  # its classes resolve by short name once imported
+
+    (tmp_path / "case.yaml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cli.py"])
+
+    def run_cli(*args: str) -> CliResult:
+        code: int | str | None = 0
+        try:
+            assert cli.main(list(args)) is None
+        except SystemExit as stop:
+            code = stop.code
+        assert isinstance(code, int)
+        return CliResult(code, *capsys.readouterr())
+
+    return run_cli
+
+
+@pytest.fixture
+def fit(run_cli: Callable[..., CliResult]) -> Callable[..., CliResult]:
+    """Fit `case.yaml` with further options."""
+    return lambda *args: run_cli("fit", "--config", "case.yaml", *args)

@@ -1,0 +1,122 @@
+"""Every yaml is run: shortened by its overlay, from the command line, to checkpoint and events."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+EXPERIMENTS = sorted(CONFIGS.glob("*.yaml"))
+OVERLAYS = sorted(CONFIGS.glob("*/*.yaml"))
+TINY = CONFIGS / "tiny" / "action_expert.yaml"
+
+TAGS = {
+    "train/loss",
+    "val/loss",
+    "streams/resets",
+    "closed_loop/success",
+    "closed_loop/success_low",
+    "closed_loop/success_high",
+    "throughput/samples_per_sec",
+}
+
+
+def layer_tags(layer: int) -> set[str]:
+    """What the monitors write of a layer with TTT."""
+    name = f"layer_{layer:02d}"
+    return {
+        f"gate/ttt/mean/{name}",
+        f"gate/attn/mean/{name}",
+        f"gate/ratio_ttt/mean/{name}",
+        f"fast_weight/inner_loss_before/{name}",
+        f"fast_weight/inner_loss_after/{name}",
+        f"fast_weight/relative_change/{name}",
+    }
+
+
+def ttt_layers(config: dict) -> list[int]:
+    options = config["model"]["init_args"]
+    if options["ttt"] is None:
+        return []
+    positions = options["ttt_layer_positions"]
+    return list(range(options["expert"]["num_layers"])) if positions == "all" else positions
+
+
+def slow_unless_quickstart(path: Path) -> object:
+    marks = () if path.stem == "quickstart" else pytest.mark.slow
+    return pytest.param(path, id=path.stem, marks=marks)
+
+
+@pytest.mark.parametrize("path", map(slow_unless_quickstart, EXPERIMENTS))
+def test_config_fits_saves_and_logs_what_its_monitors_promise(path: Path, run_cli, tmp_path) -> None:
+    result = run_cli("fit", "--config", str(path), "--config", str(TINY))
+    assert result.code == 0, result.err
+    config = yaml.safe_load(path.read_text())
+    run = tmp_path / "runs" / config["trainer"]["logger"]["init_args"]["name"] / "version_0"
+    events = EventAccumulator(str(run)).Reload()
+    written = set(events.Tags()["scalars"])
+    expected = TAGS.union(*(layer_tags(layer) for layer in ttt_layers(config)))
+    assert expected <= written, f"missing: {sorted(expected - written)}"
+    assert all(math.isfinite(e.value) for tag in written for e in events.Scalars(tag))
+    assert "closed_loop/paths" in events.Tags()["images"]
+    assert "closed-loop success:" in result.out + result.err
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 6
+    assert (run / "config.yaml").exists()
+
+
+@pytest.mark.slow
+def test_a_run_is_validated_tested_and_resumed_from_its_checkpoint(run_cli, tmp_path) -> None:
+    options = ["--config", str(CONFIGS / "action_expert_maze_memory.yaml"), "--config", str(TINY)]
+    assert run_cli("fit", *options).code == 0
+    run = tmp_path / "runs" / "action_expert_maze_memory" / "version_0"
+    saved = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+    for command in ("validate", "test"):
+        assert run_cli(command, *options, *saved).code == 0
+    resumed = run_cli("fit", *options, *saved, "--trainer.max_steps", "8")
+    assert resumed.code == 0, resumed.err
+    again = tmp_path / "runs" / "action_expert_maze_memory"
+    steps = [
+        torch.load(path, weights_only=True)["global_step"]
+        for path in again.glob("*/checkpoints/last.ckpt")
+    ]
+    assert sorted(steps) == [6, 8]
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_config_is_complete_and_its_keys_are_known(path: Path, run_cli) -> None:
+    result = run_cli("fit", "--config", str(path), "--print_config")
+    assert result.code == 0, result.err
+    assert "seed_everything: 0" in result.out
+
+
+def test_every_overlay_is_used_by_a_test() -> None:
+    assert OVERLAYS == [TINY]
+
+
+def test_control_of_fetch_pick_place_has_as_many_parameters_and_steps() -> None:
+    from lightning_modules.action_expert import ActionExpertModule
+    from lightning_modules.adapters import TTTAdapterConfig
+    from lightning_modules.layers.ttt import TTTConfig
+    from lightning_modules.models.action_expert import ExpertConfig
+
+    features = {"state_dim": 28, "action_dim": 4, "horizon": 16, "stride": None}
+    sizes, steps = [], []
+    for name in ("action_expert_fetch_pick_place", "action_expert_fetch_pick_place_control"):
+        config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+        options = config["model"]["init_args"]
+        ttt = options["ttt"]
+        module = ActionExpertModule(
+            torch.optim.AdamW,
+            expert=ExpertConfig(**options["expert"]),
+            ttt=ttt and TTTAdapterConfig(**{**ttt, "layer": TTTConfig(**ttt["layer"])}),
+        )
+        module.build({**features, "image_keys": [], "delta_actions": []})
+        sizes.append(sum(parameter.numel() for parameter in module.parameters()))
+        steps.append(config["trainer"]["max_steps"])
+    assert sizes[0] == 1_521_556
+    assert abs(sizes[1] - sizes[0]) <= 0.002 * sizes[0]
+    assert steps[0] == steps[1]
