@@ -87,7 +87,8 @@ class StreamBatchSampler:
             yield [
                 IDLE if file < 0 else ChunkRequest(file, index, index == 0, idle=False)
                 for file, index in zip(
-                    files[position].ravel().tolist(), indices[position].ravel().tolist(),
+                    files[position].ravel().tolist(),
+                    indices[position].ravel().tolist(),
                     strict=True,
                 )
             ]

@@ -51,7 +51,9 @@ def slow_unless_quickstart(path: Path) -> object:
 
 
 @pytest.mark.parametrize("path", map(slow_unless_quickstart, EXPERIMENTS))
-def test_config_fits_saves_and_logs_what_its_monitors_promise(path: Path, run_cli, tmp_path) -> None:
+def test_config_fits_saves_and_logs_what_its_monitors_promise(
+    path: Path, run_cli, tmp_path
+) -> None:
     result = run_cli("fit", "--config", str(path), "--config", str(TINY))
     assert result.code == 0, result.err
     config = yaml.safe_load(path.read_text())

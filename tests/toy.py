@@ -22,7 +22,9 @@ class ToyModule(AdapterModule):
     """One fast-weight layer, with noise and dropout from the global generator."""
 
     def __init__(self) -> None:
-        super().__init__(lambda p: torch.optim.AdamW(p, lr=1e-2), Schedule(decay="constant"), persistent=True)
+        super().__init__(
+            lambda p: torch.optim.AdamW(p, lr=1e-2), Schedule(decay="constant"), persistent=True
+        )
         self.weight = nn.Parameter(torch.randn(D, D) * 0.3)
         self.target = nn.Linear(D, D)
         self.dropout = nn.Dropout(0.2)

@@ -48,9 +48,7 @@ def test_a_zero_gate_equals_the_base_model_bit_for_bit(mode: str, adarms: bool) 
     base.model.load_state_dict(plain)
     for train in (True, False):
         module.train(train), base.train(train)
-        assert torch.equal(
-            velocity(module, make_chunk(), 0), velocity(base, make_chunk(), 0)
-        )
+        assert torch.equal(velocity(module, make_chunk(), 0), velocity(base, make_chunk(), 0))
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -149,9 +147,7 @@ def test_padded_actions_do_not_count_in_the_loss() -> None:
     chunk["action_is_pad"][:, 3:] = True
 
     def loss() -> Tensor:
-        return module.chunk_loss(
-            chunk, FastState.transient(), torch.Generator().manual_seed(0)
-        )
+        return module.chunk_loss(chunk, FastState.transient(), torch.Generator().manual_seed(0))
 
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(3, HORIZON, ACTION, generator=generator)

@@ -16,9 +16,7 @@ def observations(steps: int) -> np.ndarray:
 
 
 def drive(policy: ActionExpertPolicy, states: np.ndarray, new: np.ndarray) -> np.ndarray:
-    return np.stack(
-        [policy.select_actions(s, n) for s, n in zip(states, new, strict=True)]
-    )
+    return np.stack([policy.select_actions(s, n) for s, n in zip(states, new, strict=True)])
 
 
 def first_only(steps: int) -> np.ndarray:

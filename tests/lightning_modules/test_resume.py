@@ -179,9 +179,7 @@ def test_another_world_size_starts_streams_afresh_and_warns(tmp_path: Path) -> N
     torch.save(checkpoint, tmp_path / "two.ckpt")
     trainer = make_trainer(tmp_path, 5, [])
     with pytest.warns(UserWarning, match="streams of 2 processes and this run has 1"):
-        trainer.fit(
-            ToyModule(), ToyData(batch_size=3, seed=2), ckpt_path=tmp_path / "two.ckpt"
-        )
+        trainer.fit(ToyModule(), ToyData(batch_size=3, seed=2), ckpt_path=tmp_path / "two.ckpt")
     assert trainer.global_step == 5
 
 
