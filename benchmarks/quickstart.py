@@ -8,6 +8,7 @@ Every seed records its own data folder anew, so that the times are those of a fi
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import re
 import subprocess
@@ -21,6 +22,7 @@ from typing import NamedTuple
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "configs" / "quickstart.yaml"
 PACKAGES = ("torch", "lightning", "transformers", "mujoco", "gymnasium-robotics")
 SUCCESS = re.compile(r"closed-loop success: (?P<rate>.*?) over \d+ episodes \((?P<moment>.*?)\)")
 
@@ -39,13 +41,7 @@ def run(seed: int) -> Run:
     """Record, train and evaluate in an empty folder."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        command = [
-            sys.executable,
-            str(ROOT / "cli.py"),
-            "fit",
-            "--config",
-            "configs/quickstart.yaml",
-        ]
+        command = [sys.executable, str(ROOT / "cli.py"), "fit", "--config", str(CONFIG)]
         done = subprocess.run(
             [*command, "--seed_everything", str(seed)],
             cwd=folder,
@@ -68,16 +64,20 @@ def training_time(folder: Path) -> float:
     return events.Scalars("train/loss")[-1].wall_time - begin
 
 
+def cpu_name() -> str:
+    """The processor's name as Linux tells it, elsewhere its architecture."""
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return found[1] if found else platform.machine()
+
+
 def main() -> None:
     """Run all seeds and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Run the quickstart over several seeds.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     runs = [run(seed) for seed in parser.parse_args().seeds]
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     print(
-        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, {versions}\n"
+        f"{os.cpu_count()} cores ({cpu_name()}), Python {platform.python_version()}, {versions}\n"
     )
     print("| seed | success before [95 % Wilson] | success after | training s | all s |")
     print("|---|---|---|---|---|")

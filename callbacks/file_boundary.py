@@ -28,7 +28,8 @@ class FileBoundaryReset(Callback):
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         pl_module.streams.commit()
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step % every == 0:
             counts = pl_module.streams.counts("train")._asdict()
             metrics = {f"streams/{name}": float(count) for name, count in counts.items()}
             for logger in trainer.loggers:

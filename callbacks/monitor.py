@@ -8,6 +8,7 @@ writes them; the steps in between never wait for the device.
 from __future__ import annotations
 
 import re
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -244,7 +245,10 @@ class Monitor(Callback):
 
 def _results(entries: Mapping[str, _Entry]) -> dict[str, SlotResult]:
     """All metrics on the host, in one transfer."""
-    computed = {name: entry.metric.compute() for name, entry in entries.items()}
+    with warnings.catch_warnings():
+        # A metric without values on this process may have some of the others', or counts 0.
+        warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+        computed = {name: entry.metric.compute() for name, entry in entries.items()}
     flat = {
         f"{name}\n{key}": value
         for name, values in computed.items()

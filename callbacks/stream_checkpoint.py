@@ -62,10 +62,10 @@ def _gather(value: dict[str, Any]) -> list[dict[str, Any]]:
 
 def collect_rng_states() -> dict[str, Any]:
     """States of Python's, numpy's and torch's generators, as what `torch.load` reads safely."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "numpy": (name, torch.tensor(np.asarray(keys).tolist()), position, has_gauss, cached),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

@@ -88,8 +88,8 @@ class ActionExpertModule(AdapterModule):
             datamodule = getattr(self.trainer, "datamodule", None)
             if not hasattr(datamodule, "features"):
                 raise ValueError(
-                    "ActionExpertModule takes its sizes from the DataModule: use ActionChunkDataModule "
-                    "or RecordedSimulation (data.class_path)"
+                    "ActionExpertModule takes its sizes from the DataModule: "
+                    "use ActionChunkDataModule or RecordedSimulation (data.class_path)"
                 )
             self.build(datamodule.features, datamodule.statistics)
 
@@ -127,7 +127,8 @@ class ActionExpertModule(AdapterModule):
             )
         if features["image_keys"]:
             raise ValueError(
-                f"this expert sees the state vector only; remove image_keys={features['image_keys']}"
+                "this expert sees the state vector only; remove "
+                f"image_keys={features['image_keys']}"
             )
 
     def chunk_loss(

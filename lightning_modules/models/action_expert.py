@@ -174,7 +174,7 @@ class ActionExpert(nn.Module):
     def _embed(
         self, state: Tensor, noisy_actions: Tensor, time: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Tokens `[B, T, hidden]`, and the condition of observation and action tokens `[B, 2, C]`."""
+        """Tokens `[B, T, hidden]` and the condition of observation and actions `[B, 2, C]`."""
         if not self.config.adarms:
             return self.action_time(state, noisy_actions, time), None
         batch = state.shape[0]

@@ -59,7 +59,7 @@ def make_trainer(
 
 
 def train(tmp_path: Path, stops: list[int], *, workers: int = 0, tbptt: int = 1, **options):
-    """Train to the last of `stops`, crashing and resuming in a new process's place at the others."""
+    """Train to the last of `stops`, crashing and resuming at each of the others."""
     trace, checkpoint, module = Trace(), None, None
     for number, stop in enumerate(stops):
         torch.manual_seed(0 if number == 0 else 1000 + number)

@@ -1,6 +1,6 @@
 """Stream state against full backpropagation over the window, and against never having stopped."""
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -139,7 +139,7 @@ def test_checkpointing_changes_no_bit_of_the_gradients_over_three_chunks() -> No
 class LooksUpCurrent(DeltaLayer):
     """The wrong design: state looked up on a shared object at the time of the call."""
 
-    current: dict[str, Tensor] = {}
+    current: ClassVar[dict[str, Tensor]] = {}
 
     def forward(self, x: Tensor, fast_state: FastState) -> Tensor:
         out, self.current[self.slot] = self.step(
