@@ -101,7 +101,8 @@ class RowReference:
 
     def state(self) -> list[Tensor]:
         """The fields of the op's state, without the batch dimension."""
-        missing = (self.size or 0) - len(self.pending)
+        room = self.size if self.causal else 0
+        missing = room - len(self.pending)
         padded = [
             torch.cat([x.transpose(0, 1), x.new_zeros(missing, *x.shape[:1], *x.shape[2:])])
             for x in self.pending

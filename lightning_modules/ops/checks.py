@@ -99,16 +99,17 @@ def check_ttt_state(
     state: Any | None,
     state_class: type[Any],
     deltas: Mapping[str, tuple[int, int]],
-    mini_batch_size: int | None,
+    slots: int,
 ) -> None:
-    """Raise unless the state belongs to this op, this batch and this mini-batch size.
+    """Raise unless the state belongs to this op, this batch and this kind of call.
 
     Args:
         q: queries, `[B, T, H, D]`.
         state: the state, or None.
         state_class: the NamedTuple of the op.
         deltas: name of a weight's field -> its last two sizes.
-        mini_batch_size: of this call.
+        slots: pending tokens that a state of such a call has room for: the mini-batch size, or 0
+            if not causal.
 
     Raises:
         TypeError: if the state is of another op.
@@ -121,14 +122,18 @@ def check_ttt_state(
     batch, _, heads, size = q.shape
     for name, own in deltas.items():
         check_shape(f"state.{name}", getattr(state, name), (batch, heads, *own))
-    slots = mini_batch_size or 0
     if state.pending_k.shape[1] != slots:
         raise ValueError(
-            f"state was made with mini_batch_size={state.pending_k.shape[1] or None}, but this "
-            f"call has {mini_batch_size}: keep one size, or start with state=None"
+            f"state comes from {_kind_of_call(state.pending_k.shape[1])}, but this is "
+            f"{_kind_of_call(slots)}: keep to one kind, or start with state=None"
         )
     check_shape("state.pending_k", state.pending_k, (batch, slots, heads, size))
     check_shape("state.pending_v", state.pending_v, (batch, slots, heads, size))
     check_shape("state.pending_eta", state.pending_eta, (batch, slots, heads))
     for name in ("pending_count", "tokens_seen", "document_id"):
         check_shape(f"state.{name}", getattr(state, name), (batch,))
+
+
+def _kind_of_call(slots: int) -> str:
+    """What makes states with so many slots for pending tokens."""
+    return f"a causal call with mini_batch_size={slots}" if slots else "a call that is not causal"

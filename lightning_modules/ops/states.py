@@ -3,8 +3,9 @@
 **All zeros means fresh**: a row whose tensors are all zero stands for the learned initial weights
 before any token, so that resetting a row is multiplying it by zero.
 
-Symbols: `B` rows, `H` heads, `D` head size, `F` hidden size of the MLP, `m` the mini-batch size (0
-where the whole call is one mini-batch). Floating tensors are float32, or float64 if the inputs are.
+Symbols: `B` rows, `H` heads, `D` head size, `F` hidden size of the MLP, `m` the mini-batch size of
+a causal call (0 if not causal: its end closes the last mini-batch, nothing is pending).
+Floating tensors are float32, or float64 if the inputs are.
 """
 
 from typing import NamedTuple

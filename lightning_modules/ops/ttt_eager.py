@@ -324,7 +324,7 @@ def _pending(
         options: of the call.
     """
     batch, time, heads, _ = shape
-    size = options.mini_batch_size or 0
+    size = (options.mini_batch_size or 0) if options.causal else 0
     if not options.causal or options.flush or (grid is None and time % size == 0):
         k, v, eta = (x.new_zeros(batch, size, heads, x.shape[-1]) for x in tokens)
         count = torch.zeros_like(progress.pending_count)

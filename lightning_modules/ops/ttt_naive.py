@@ -236,7 +236,7 @@ def naive_ttt(
                 learner.close()
             learners.append(learner)
     o = torch.stack(outputs).to(output_dtype)
-    return o, _pack(learners, state_class, mini_batch_size or 0, k)
+    return o, _pack(learners, state_class, (mini_batch_size or 0) if causal else 0, k)
 
 
 def _row_factors(size: int | None, token_eta: Tensor | None, like: Tensor) -> Tensor:

@@ -88,8 +88,24 @@ def test_state_of_another_op_is_a_type_error(causal: Case) -> None:
 def test_state_of_another_mini_batch_size_names_both(causal: Case) -> None:
     _, state = causal.run("auto")
     larger = causal.with_tensors(token_eta=torch.ones(8, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"mini_batch_size=4.* 8"):
+    with pytest.raises(ValueError, match=r"mini_batch_size=4.*=8"):
         larger.with_state(state).run("auto", mini_batch_size=8)
+
+
+def test_state_of_a_causal_call_does_not_fit_one_that_is_not(causal: Case) -> None:
+    _, state = causal.run("auto")
+    blocks = causal.with_tensors(token_eta=None).with_state(state)
+    with pytest.raises(ValueError, match=r"causal call with mini_batch_size=4.* not causal"):
+        blocks.run("auto", causal=False)
+
+
+@pytest.mark.parametrize("backend", ["naive", "torch"])
+def test_call_that_is_not_causal_leaves_nothing_pending(backend: str, causal: Case) -> None:
+    blocks = causal.with_tensors(token_eta=None)
+    _, state = blocks.run(backend, causal=False)
+    assert state.pending_k.shape == (2, 0, 2, 4)
+    o, _ = blocks.with_state(state).run(backend, causal=False)
+    assert o.shape == (2, 6, 2, 4)
 
 
 def test_state_of_another_batch_names_the_field(causal: Case) -> None:

@@ -107,7 +107,7 @@ def ttt_linear(
     check_ttt_weights(q, w=(w, size, size), b=(b, 1, size))
     check_ttt_options(q, **options)
     shapes = {"dw": (size, size), "db": (1, size)}
-    check_ttt_state(q, state, TTTLinearState, shapes, mini_batch_size)
+    check_ttt_state(q, state, TTTLinearState, shapes, (mini_batch_size or 0) if causal else 0)
     return run(
         q, k, v, eta, norm_weight, norm_bias, w, b, state=state, flush=flush, eps=eps, **options
     )

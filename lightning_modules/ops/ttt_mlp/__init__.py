@@ -103,6 +103,6 @@ def ttt_mlp(
     )
     check_ttt_options(q, **options)
     shapes = {"dw1": (size, hidden), "db1": (1, hidden), "dw2": (hidden, size), "db2": (1, size)}
-    check_ttt_state(q, state, TTTMLPState, shapes, mini_batch_size)
+    check_ttt_state(q, state, TTTMLPState, shapes, (mini_batch_size or 0) if causal else 0)
     run_options = {"state": state, "flush": flush, "eps": eps, **options}
     return run(q, k, v, eta, norm_weight, norm_bias, w1, b1, w2, b2, **run_options)
