@@ -83,10 +83,14 @@ def record(config: RecordingConfig, root: str | Path, workers: int | None = None
 
     Returns:
         The LeRobot folder.
+
+    Raises:
+        RuntimeError: the calling script has no `if __name__ == "__main__":` around the call.
     """
     path = Path(root) / config.folder_name
     if path.exists():
         return path
+    _refuse_while_importing_main()
     simulation = get_simulation(config.simulation)
     try:
         writer = LeRobotWriter(
@@ -173,6 +177,15 @@ def _start_worker(config: RecordingConfig) -> None:
 
 def _work(number: int) -> Episode:
     return record_episode(_worker["config"], _worker["simulation"], _worker["env"], number)
+
+
+def _refuse_while_importing_main() -> None:
+    """A spawned worker imports the main script again; it would wait for its parent's lock."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "recording starts processes, which import your script once more: put what it runs "
+            'under `if __name__ == "__main__":`'
+        )
 
 
 def _end_with_parent() -> None:

@@ -200,3 +200,17 @@ def is_alive(pid: int) -> bool:
 def test_settings_that_cannot_be_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RecordingConfig(**{"simulation": "FetchReach", **change})  # type: ignore[arg-type]
+
+
+def test_a_script_without_main_guard_fails_and_says_why(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from datamodules.recording import RecordingConfig, record\n"
+        "record(RecordingConfig('PointMaze', 2), 'data', workers=2)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0
+    assert "__main__" in done.stderr
+    assert [path.name for path in (tmp_path / "data").iterdir() if path.is_dir()] == []
