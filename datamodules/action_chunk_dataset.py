@@ -36,8 +36,9 @@ class ActionChunkConfig:
         image_keys: cameras to load, `[3, height, width]` uint8 each.
         delta_actions: action dimensions that are given relative to the same dimension of the
             state at the start of the chunk.
-        goal_visible_chunks: in `stream` mode, the chunk index from which on the goal (the
-            dimensions of the state named "goal_...") is zero; None shows it always.
+        goal_visible_chunks: in `stream` mode, the chunks of an episode in which the goal (the
+            dimensions of the state named "goal_...") is visible; in the others it is zero. None
+            shows it always.
     """
 
     horizon: int = 16
@@ -46,7 +47,7 @@ class ActionChunkConfig:
     state_keys: tuple[str, ...] = (STATE,)
     image_keys: tuple[str, ...] = ()
     delta_actions: tuple[int, ...] = ()
-    goal_visible_chunks: int | None = None
+    goal_visible_chunks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in ("stream", "shuffled"):
@@ -176,8 +177,8 @@ class ActionChunkDataset:
         if request.idle:
             is_pad[:] = True
         action = to_delta(action, state, self.config.delta_actions)
-        hidden_from = self.config.goal_visible_chunks
-        if hidden_from is not None and request.index >= hidden_from:
+        visible = self.config.goal_visible_chunks
+        if visible is not None and request.index not in visible:
             state[self.goal_dims] = 0.0
         row = int(self.data.starts[episode]) + frame
         return {

@@ -37,8 +37,9 @@ class ActionChunkDataModule(StreamDataModule):
         state_keys: numeric features that are concatenated to `observation.state`.
         image_keys: cameras to load, `[3, height, width]` uint8.
         delta_actions: action dimensions to be given relative to the state at the chunk's start.
-        goal_visible_chunks: chunk index from which on the goal is hidden from the policy (the
-            state's dimensions named "goal_..." are zero); None shows it always.
+        goal_visible_chunks: chunks of an episode in which the policy sees the goal, e.g. [0] for
+            the first one; in the others the state's dimensions named "goal_..." are zero. None
+            shows it always.
         val_fraction: share of the episodes used for validation, chosen by a hash of their number.
         streams: options of every DataModule: batch_size, tbptt, num_workers, seed.
     """
@@ -56,7 +57,7 @@ class ActionChunkDataModule(StreamDataModule):
         state_keys: tuple[str, ...] = (STATE,),
         image_keys: tuple[str, ...] = (),
         delta_actions: tuple[int, ...] = (),
-        goal_visible_chunks: int | None = None,
+        goal_visible_chunks: tuple[int, ...] | None = None,
         val_fraction: float = 0.1,
         **streams: Any,
     ) -> None:
@@ -69,7 +70,7 @@ class ActionChunkDataModule(StreamDataModule):
             state_keys=tuple(state_keys),
             image_keys=tuple(image_keys),
             delta_actions=tuple(delta_actions),
-            goal_visible_chunks=goal_visible_chunks,
+            goal_visible_chunks=None if goal_visible_chunks is None else tuple(goal_visible_chunks),
         )
         self.val_fraction = val_fraction
         if mode == "shuffled" and self.tbptt != 1:
@@ -108,10 +109,12 @@ class ActionChunkDataModule(StreamDataModule):
         }
 
     @property
-    def goal_visible_steps(self) -> int | None:
-        """Control steps after which the goal is hidden when the policy is tried; None is never."""
-        hidden_from = self.chunks.goal_visible_chunks
-        return None if hidden_from is None else hidden_from * self.chunks.stride
+    def goal_visible_steps(self) -> frozenset[int] | None:
+        """Control steps in which a policy that is tried sees the goal; None: in all of them."""
+        chunks, stride = self.chunks.goal_visible_chunks, self.chunks.stride
+        if chunks is None:
+            return None
+        return frozenset(chunk * stride + step for chunk in chunks for step in range(stride))
 
     @cached_property
     def statistics(self) -> dict[str, Statistics]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +65,8 @@ class _Row:
         self._observation = observation
         self.state = self.simulation.observe(observation)["observation.state"]
 
-    def visible_state(self, goal_visible_steps: int | None) -> np.ndarray:
-        if goal_visible_steps is None or len(self.actions) < goal_visible_steps:
+    def visible_state(self, goal_visible_steps: Collection[int] | None) -> np.ndarray:
+        if goal_visible_steps is None or len(self.actions) in goal_visible_steps:
             return self.state
         return self.simulation.hide_goal(self.state)
 
@@ -87,7 +87,7 @@ def rollout(
     episodes: int,
     num_envs: int = 16,
     seed: int = 0,
-    goal_visible_steps: int | None = None,
+    goal_visible_steps: Collection[int] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> RolloutResult:
     """Run `episodes` episodes, `num_envs` at a time; each ends at success or the step limit.
@@ -102,7 +102,7 @@ def rollout(
         episodes: how many.
         num_envs: rows per call of the policy.
         seed: fixes start positions and targets.
-        goal_visible_steps: control steps after which the policy no longer sees the goal; None
+        goal_visible_steps: control steps of an episode in which the policy sees the goal; None
             shows it always.
         on_step: called after every control step with the number of finished episodes.
 

@@ -67,7 +67,7 @@ SIMULATION = ToySimulation(
 
 class ToyData(pl.LightningDataModule):
     simulation = SIMULATION
-    goal_visible_steps: int | None = None
+    goal_visible_steps: frozenset[int] | None = None
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(toy_batches(4), batch_size=None, collate_fn=same)
@@ -187,7 +187,7 @@ def _alphas(module: ActingModule) -> list[Tensor]:
 def test_goal_is_hidden_as_the_datamodule_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ToyData, "goal_visible_steps", 1)
+    monkeypatch.setattr(ToyData, "goal_visible_steps", frozenset({0}))
     module, _ = run(tmp_path, ClosedLoopEvaluation(episodes=4, num_envs=4, at_end=False))
     first, second = (states for _, states, _ in module.acted[:2])
     assert (first[:, 2] > 0).all()

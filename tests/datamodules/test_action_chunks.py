@@ -171,19 +171,20 @@ def goal_folder(path: Path) -> Path:
     return path
 
 
-def test_goal_is_hidden_from_the_given_chunk_on(tmp_path: Path) -> None:
-    dataset = make(goal_folder(tmp_path / "set"), (0, 1), stride=2, goal_visible_chunks=2)
+@pytest.mark.parametrize("visible", [(0, 1), (2,)], ids=["early", "late"])
+def test_goal_is_visible_in_the_given_chunks_only(visible: tuple, tmp_path: Path) -> None:
+    dataset = make(goal_folder(tmp_path / "set"), (0, 1), stride=2, goal_visible_chunks=visible)
     seen = [dataset[request(0, index)]["observation.state"].tolist() for index in range(4)]
-    assert seen == [[1, 1, 1], [1, 1, 1], [1, 0, 0], [1, 0, 0]]
+    assert seen == [[1, 1, 1] if index in visible else [1, 0, 0] for index in range(4)]
     module = ActionChunkDataModule(
-        str(tmp_path / "set"), horizon=4, stride=2, goal_visible_chunks=2
+        str(tmp_path / "set"), horizon=4, stride=2, goal_visible_chunks=visible
     )
-    assert module.goal_visible_steps == 4
+    assert module.goal_visible_steps == {step for step in range(8) if step // 2 in visible}
 
 
 def test_hiding_a_goal_that_has_no_name_is_an_error(folder: Path) -> None:
     with pytest.raises(ValueError, match="name that begins with 'goal_'"):
-        make(folder, goal_visible_chunks=1)
+        make(folder, goal_visible_chunks=(0,))
 
 
 def test_horizon_longer_than_every_episode_names_the_longest(folder: Path) -> None:
@@ -197,7 +198,7 @@ def test_horizon_longer_than_every_episode_names_the_longest(folder: Path) -> No
         ({"stride": 5}, "some actions would stand in no chunk"),
         ({"stride": 0}, "stride=0"),
         ({"mode": "random"}, "choose stream or shuffled"),
-        ({"mode": "shuffled", "goal_visible_chunks": 1}, "needs mode: stream"),
+        ({"mode": "shuffled", "goal_visible_chunks": (0,)}, "needs mode: stream"),
         ({"state_keys": ()}, "state_keys is empty"),
         ({"delta_actions": (2,)}, r"delta_actions \[2\].*0 to 1"),
         ({"episodes": ()}, "no episode"),

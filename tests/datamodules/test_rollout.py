@@ -86,12 +86,14 @@ def test_new_episode_is_true_exactly_at_first_observations() -> None:
     assert all(states.shape == (2, 7) and states.dtype == np.float32 for states in recorder.states)
 
 
-def test_goal_is_hidden_after_the_given_steps_and_shown_again_to_the_next_episode() -> None:
+@pytest.mark.parametrize("shown", [{0, 1}, {2}], ids=["early", "late"])
+def test_goal_is_visible_in_the_given_steps_of_every_episode(shown: set[int]) -> None:
     recorder = Recorder(actions=2)
-    rollout(short("PointMaze", 4), recorder, episodes=2, num_envs=1, goal_visible_steps=2)
+    rollout(short("PointMaze", 4), recorder, episodes=2, num_envs=1, goal_visible_steps=shown)
     visible = [states[0, -1] for states in recorder.states]
-    assert visible == [1, 1, 0, 0, 1, 1, 0, 0]
-    hidden = np.stack(recorder.states)[[2, 3, 6, 7], 0]
+    assert visible == 2 * [int(step in shown) for step in range(4)]
+    states = np.stack(recorder.states)[:, 0]
+    hidden = states[[step not in shown for step in range(4)] * 2]
     assert (hidden[:, 4:] == 0).all() and hidden[:, :4].any()
 
 
