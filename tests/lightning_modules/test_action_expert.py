@@ -1,5 +1,7 @@
 """The action expert against its base model, its own unrolled window, and its sampler."""
 
+from typing import Any
+
 import pytest
 import torch
 from expert_cases import ACTION, HORIZON, STATE, make_chunk, make_module
@@ -233,3 +235,22 @@ def test_without_ttt_layers_the_control_has_none() -> None:
     only = make_module(ttt_layer_positions=[1])
     layers = {name.split(".")[2] for name, _ in only.named_parameters() if ".ttt" in name}
     assert layers == {"1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topics", [set(), {"gate", "fast_weight"}], ids=["alone", "monitored"])
+def test_compiled_training_equals_eager_with_carried_state(topics: set[str]) -> None:
+    def losses_and_gradients(compiled: bool) -> tuple[Tensor, dict[str, Tensor], Any]:
+        module = make_module(ttt_state="carry_episode", compile_model=compiled)
+        module.streams.listening = topics
+        module.streams.begin_step("train")
+        torch.manual_seed(3)
+        chunks = [make_chunk(index) for index in range(3)]
+        loss = sum(module.chunk_loss(c, module.streams.begin(c), None) for c in chunks)
+        loss.backward()
+        gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+        return loss.detach(), gradients, module.streams.published
+
+    expected, actual = losses_and_gradients(False), losses_and_gradients(True)
+    # float32, other order of summation: a few units in the last place of the largest terms
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)

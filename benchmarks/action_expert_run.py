@@ -1,0 +1,146 @@
+"""One run of `action_expert.py`: train by its config file, try the policy, write result.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from action_expert_trials import TRIALS
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import cli
+from callbacks.closed_loop import wilson_interval
+from datamodules import RecordedSimulation
+from datamodules.rollout import rollout
+from lightning_modules.action_expert import ActionExpertModule
+from lightning_modules.policy import ActionExpertPolicy
+from lightning_modules.streams import NO_STREAM
+
+PACKAGES = ("torch", "lightning", "transformers", "mujoco", "gymnasium-robotics")
+SELECTION_SEED, TEST_SEED = 1, 0
+SELECTION_EPISODES, TEST_EPISODES = 50, 100
+
+
+def main(name: str, folder: Path) -> None:
+    """Train (or continue) and evaluate."""
+    checkpoint = folder / "log" / "checkpoints" / "last.ckpt"
+    began = time.time()
+    if not (folder / "trained").exists():
+        command = ["fit", "--config", str(folder / "config.yaml")]
+        cli.main([*command, "--ckpt_path", str(checkpoint)] if checkpoint.exists() else command)
+        (folder / "trained").write_text(f"{time.time() - began:.0f}")
+    result = {
+        "trial": name,
+        "training_seconds": float((folder / "trained").read_text()),
+        **machine(),
+        **evaluate(checkpoint, folder, TRIALS[name].horizons),
+    }
+    partial = folder / "result.json.partial"
+    partial.write_text(json.dumps(result, indent=1))
+    partial.replace(folder / "result.json")
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what this was measured."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "machine": f"{os.cpu_count()} cores" + (f", {gpu}" if gpu else ""),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+    }
+
+
+def evaluate(checkpoint: Path, folder: Path, horizons: tuple[int, ...]) -> dict[str, Any]:
+    """Success in closed loop, curves of the training run, loss and state norm by chunk."""
+    data = datamodule(folder)
+    policy = ActionExpertPolicy.from_checkpoint(checkpoint)
+    module = policy.module
+    selection = {
+        execute: successes(checkpoint, data, execute, SELECTION_EPISODES, SELECTION_SEED)
+        for execute in horizons
+    }
+    # The largest of equals: it asks the policy least often.
+    execute = max(selection, key=lambda n: (selection[n], n)) if selection else policy.execute
+    solved = successes(checkpoint, data, execute, TEST_EPISODES, TEST_SEED)
+    low, high = wilson_interval(solved, TEST_EPISODES)
+    events = EventAccumulator(str(folder / "log")).Reload()
+    return {
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "selection": selection,
+        "execute": execute,
+        "success": solved / TEST_EPISODES,
+        "interval": [low, high],
+        "curves": {
+            tag: [[event.step, event.value] for event in events.Scalars(tag)]
+            for tag in ("val/loss", "closed_loop/success")
+            if tag in events.Tags()["scalars"]
+        },
+        **by_chunk(module, data),
+    }
+
+
+def datamodule(folder: Path) -> RecordedSimulation:
+    """The run's data."""
+    data = yaml.safe_load((folder / "config.yaml").read_text())["data"]
+    module = RecordedSimulation(**data["init_args"])
+    module.setup("validate")
+    return module
+
+
+def successes(
+    checkpoint: Path, data: RecordedSimulation, execute: int, episodes: int, seed: int
+) -> int:
+    """How many episodes the policy solves."""
+    policy = ActionExpertPolicy.from_checkpoint(checkpoint, execute=execute, seed=seed)
+    result = rollout(
+        data.simulation,
+        policy.select_actions,
+        episodes=episodes,
+        num_envs=50,
+        seed=seed,
+        goal_visible_steps=data.goal_visible_steps,
+    )
+    return int(result.successes.sum())
+
+
+@torch.no_grad()
+def by_chunk(module: ActionExpertModule, data: RecordedSimulation) -> dict[str, Any]:
+    """Validation loss and state norm |dW| of the first TTT layer, by chunk of the episode."""
+    losses, norms = defaultdict(list), defaultdict(list)
+    module.streams.listening = {"loss", "fast_weight"}
+    module.streams.clear("validate")
+    for index, batch in enumerate(data.val_dataloader()):
+        module.streams.begin_step("validate")
+        generator = torch.Generator().manual_seed(index)
+        for chunk in batch:
+            handle = module.streams.begin(chunk)
+            module.chunk_loss(chunk, handle, generator)
+            loss = handle.published["loss"]["model"]["per_row"]
+            layers = handle.published.get("fast_weight", {})
+            norm = next(iter(layers.values()))["state_norm"] if layers else None
+            for row, stream in enumerate(chunk["plan"].stream_id):
+                if stream != NO_STREAM:
+                    place = chunk["plan"].chunk_index[row]
+                    losses[place].append(loss[row].item())
+                    if norm is not None:
+                        norms[place].append(norm[row].mean().item())
+        module.streams.commit()
+    return {"loss_by_chunk": _means(losses), "norm_by_chunk": _means(norms)}
+
+
+def _means(values: dict[int, list[float]]) -> list[list[float]]:
+    """`[chunk, mean, count]` each, in order."""
+    return [[place, sum(v) / len(v), len(v)] for place, v in sorted(values.items())]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1], Path(sys.argv[2]))
