@@ -1,11 +1,13 @@
 """Train the action expert's trials over seeds, try the policies in the simulator, report.
 
-    python benchmarks/action_expert.py run --out results --trials 'maze/*' --seeds 0 1 2 --jobs 2
-    python benchmarks/action_expert.py report --out results
+    python benchmarks/action_expert.py train    --out results --trials 'maze/*' --jobs 2
+    python benchmarks/action_expert.py evaluate --out results --trials 'maze/*' --jobs 2
+    python benchmarks/action_expert.py report   --out results
 
-`run` records the data (or reuses it) and leaves `TRIAL/seed_N/result.json` when a run is complete;
+`train` records the data (or reuses it) and leaves `TRIAL/seed_N/policy.ckpt` and `training.json`;
 called again it continues what was interrupted from its last checkpoint and skips what is complete.
-`report` writes `results.md` and the figures from whatever is complete.
+`evaluate` needs only these two files (training may have happened on another machine), and leaves
+`result.json`. `report` writes `results.md` and the figures from whatever is complete.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ CURVE = {
 }
 """Success while training goes on, on episodes that no result is taken from."""
 
+PRODUCT = {"train": "training.json", "evaluate": "result.json"}
+
 sys.path.insert(0, str(ROOT))
 
 from datamodules.recording import RecordingConfig, record  # noqa: E402
@@ -47,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["run", "report"])
+    parser.add_argument("command", choices=["train", "evaluate", "report"])
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--trials", nargs="+", default=["*"], help="shell patterns of names")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -57,13 +61,13 @@ def main() -> None:
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="dotted changes of every config"
     )
     options = parser.parse_args()
-    if options.command == "run":
+    if options.command != "report":
         run(options)
     report(options.out)
 
 
 def run(options: argparse.Namespace) -> None:
-    """All wanted runs that are not complete yet, some at a time."""
+    """Train or evaluate all wanted runs for which that is not done yet, some at a time."""
     names = [name for name in TRIALS if any(fnmatch(name, p) for p in options.trials)]
     if not names:
         raise SystemExit(f"no trial matches {options.trials}; there are: {', '.join(TRIALS)}")
@@ -74,11 +78,12 @@ def run(options: argparse.Namespace) -> None:
     for seed in options.seeds:
         for name in names:
             folder = options.out / name / f"seed_{seed}"
-            if not (folder / "result.json").exists():
+            if not (folder / PRODUCT[options.command]).exists():
                 write_config(TRIALS[name], seed, changes, folder, options.out)
                 folders.append((name, folder))
     with ThreadPoolExecutor(options.jobs) as pool:
-        failed = [name for name in pool.map(lambda job: run_one(*job), folders) if name]
+        done = pool.map(lambda job: run_one(options.command, *job), folders)
+        failed = [name for name in done if name]
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
@@ -116,17 +121,21 @@ def set_value(config: dict, key: str, value: object) -> None:
     config[last] = value
 
 
-def run_one(name: str, folder: Path) -> str | None:
-    """Train and evaluate one run in a process of its own; its name if that failed."""
+def run_one(command: str, name: str, folder: Path) -> str | None:
+    """Train or evaluate one run in a process of its own; its name if that failed."""
     began = time.time()
-    command = [sys.executable, str(Path(__file__).with_name("action_expert_run.py")), name]
+    program = [sys.executable, str(Path(__file__).with_name("action_expert_run.py"))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path()}
     with (folder / "output.txt").open("a") as log:
         done = subprocess.run(
-            [*command, str(folder)], stdout=log, stderr=log, env=environment, check=False
+            [*program, command, name, str(folder)],
+            stdout=log,
+            stderr=log,
+            env=environment,
+            check=False,
         )
     state = "failed, see its output.txt" if done.returncode else "done"
-    print(f"{name} {folder.name}: {state} ({time.time() - began:.0f} s)", flush=True)
+    print(f"{command} {name} {folder.name}: {state} ({time.time() - began:.0f} s)", flush=True)
     return f"{name} {folder.name}" if done.returncode else None
 
 

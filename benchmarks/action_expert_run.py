@@ -1,4 +1,4 @@
-"""One run of `action_expert.py`: train by its config file, try the policy, write result.json."""
+"""One run of `action_expert.py`: train by its config file, or try the trained policy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import sys
-import time
 from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +20,7 @@ import cli
 from callbacks.closed_loop import wilson_interval
 from datamodules import RecordedSimulation
 from datamodules.rollout import rollout
-from lightning_modules.action_expert import ActionExpertModule
+from lightning_modules.action_expert import CHECKPOINT_KEY, ActionExpertModule
 from lightning_modules.policy import ActionExpertPolicy
 from lightning_modules.streams import NO_STREAM
 
@@ -30,23 +29,30 @@ SELECTION_SEED, TEST_SEED = 1, 0
 SELECTION_EPISODES, TEST_EPISODES = 50, 100
 
 
-def main(name: str, folder: Path) -> None:
-    """Train (or continue) and evaluate."""
-    checkpoint = folder / "log" / "checkpoints" / "last.ckpt"
-    began = time.time()
-    if not (folder / "trained").exists():
-        command = ["fit", "--config", str(folder / "config.yaml")]
-        cli.main([*command, "--ckpt_path", str(checkpoint)] if checkpoint.exists() else command)
-        (folder / "trained").write_text(f"{time.time() - began:.0f}")
-    result = {
-        "trial": name,
-        "training_seconds": float((folder / "trained").read_text()),
-        **machine(),
-        **evaluate(checkpoint, folder, TRIALS[name].horizons),
+def train(folder: Path) -> None:
+    """Train, or continue; keep what acting needs and the curves."""
+    last = folder / "log" / "checkpoints" / "last.ckpt"
+    command = ["fit", "--config", str(folder / "config.yaml")]
+    cli.main([*command, "--ckpt_path", str(last)] if last.exists() else command)
+    checkpoint = torch.load(last, map_location="cpu", weights_only=True)
+    kept = {key: checkpoint[key] for key in ("state_dict", CHECKPOINT_KEY)}
+    torch.save(kept, folder / "policy.ckpt")
+    events = EventAccumulator(str(folder / "log")).Reload()
+    curves = {
+        tag: [[event.step, event.value] for event in events.Scalars(tag)]
+        for tag in ("train/loss", "val/loss", "closed_loop/success")
+        if tag in events.Tags()["scalars"]
     }
-    partial = folder / "result.json.partial"
-    partial.write_text(json.dumps(result, indent=1))
-    partial.replace(folder / "result.json")
+    times = [event.wall_time for event in events.Scalars("train/loss")]
+    training = {**machine(), "seconds": times[-1] - times[0], "curves": curves}
+    write_json(folder / "training.json", training)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file that is there completely or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1))
+    partial.replace(path)
 
 
 def machine() -> dict[str, Any]:
@@ -58,33 +64,29 @@ def machine() -> dict[str, Any]:
     }
 
 
-def evaluate(checkpoint: Path, folder: Path, horizons: tuple[int, ...]) -> dict[str, Any]:
-    """Success in closed loop, curves of the training run, loss and state norm by chunk."""
-    data = datamodule(folder)
+def evaluate(name: str, folder: Path) -> None:
+    """Success in closed loop, loss and state norm by chunk."""
+    checkpoint, data = folder / "policy.ckpt", datamodule(folder)
     policy = ActionExpertPolicy.from_checkpoint(checkpoint)
-    module = policy.module
     selection = {
         execute: successes(checkpoint, data, execute, SELECTION_EPISODES, SELECTION_SEED)
-        for execute in horizons
+        for execute in TRIALS[name].horizons
     }
     # The largest of equals: it asks the policy least often.
     execute = max(selection, key=lambda n: (selection[n], n)) if selection else policy.execute
     solved = successes(checkpoint, data, execute, TEST_EPISODES, TEST_SEED)
-    low, high = wilson_interval(solved, TEST_EPISODES)
-    events = EventAccumulator(str(folder / "log")).Reload()
-    return {
-        "parameters": sum(p.numel() for p in module.parameters()),
+    result = {
+        "trial": name,
+        "parameters": sum(p.numel() for p in policy.module.parameters()),
         "selection": selection,
         "execute": execute,
         "success": solved / TEST_EPISODES,
-        "interval": [low, high],
-        "curves": {
-            tag: [[event.step, event.value] for event in events.Scalars(tag)]
-            for tag in ("val/loss", "closed_loop/success")
-            if tag in events.Tags()["scalars"]
-        },
-        **by_chunk(module, data),
+        "interval": wilson_interval(solved, TEST_EPISODES),
+        **by_chunk(policy.module, data),
+        **machine(),
+        "training": json.loads((folder / "training.json").read_text()),
     }
+    write_json(folder / "result.json", result)
 
 
 def datamodule(folder: Path) -> RecordedSimulation:
@@ -143,4 +145,5 @@ def _means(values: dict[int, list[float]]) -> list[list[float]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], Path(sys.argv[2]))
+    task, trial, where = sys.argv[1:]
+    train(Path(where)) if task == "train" else evaluate(trial, Path(where))
