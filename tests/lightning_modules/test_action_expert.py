@@ -229,6 +229,13 @@ def test_a_checkpoint_rebuilds_the_model_and_refuses_other_sizes() -> None:
         other.on_load_checkpoint(checkpoint)
 
 
+def test_a_checkpoint_refuses_data_with_other_delta_actions() -> None:
+    checkpoint: dict = {}
+    make_module(features={"delta_actions": (1,)}).on_save_checkpoint(checkpoint)
+    with pytest.raises(ValueError, match=r"delta_actions=\(1,\), the data has \(\)"):
+        make_module().on_load_checkpoint(checkpoint)
+
+
 def test_without_ttt_layers_the_control_has_none() -> None:
     module = make_module(ttt_layer_positions=None)
     assert not [name for name, _ in module.named_parameters() if ".ttt" in name]
