@@ -207,6 +207,23 @@ class ActionExpertModule(AdapterModule):
         actions[..., dims] += state[:, None, dims]
         return actions
 
+    def predict_chunk(
+        self, chunk: Chunk, fast_state: FastState, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """Sampled actions beside the recorded ones, both absolute and in the units of the data.
+
+        Returns:
+            `episode_index [B]`, `frame_index [B]`, `action [B, A, D]` (sampled),
+            `recorded_action [B, A, D]` and `action_is_pad [B, A]`.
+        """
+        return {
+            "episode_index": chunk["episode_index"],
+            "frame_index": chunk["frame_index"],
+            ACTION: self.sample_actions(chunk[STATE], fast_state, generator),
+            "recorded_action": self._absolute(chunk[ACTION], chunk[STATE]),
+            "action_is_pad": chunk["action_is_pad"],
+        }
+
     def policy(self, seed: int = 0) -> ActionExpertPolicy:
         """This module as a policy; the weights are shared, nothing is copied."""
         return ActionExpertPolicy(self, seed=seed)
