@@ -17,7 +17,7 @@ commands:
   fit         train, with validation in between
   validate    loss on the validation files
   test        loss on the test files
-  predict     outputs for the test files
+  predict     outputs for the test files, written to predictions.parquet
 
 models (--model NAME):
   ActionExpertModule    flow-matching action expert whose attention layers are followed by
@@ -78,7 +78,16 @@ def _run(args: list[str] | None) -> None:
     for package in (lightning_modules, datamodules):
         for name in package.__all__:
             getattr(package, name)  # classes resolve by short name once imported
-    LightningCLI(
+
+    class CommandLine(LightningCLI):
+        def before_predict(self) -> None:
+            # Predictions go to a file; nobody would see the list that Lightning collects.
+            self.config_init["predict"]["return_predictions"] = False
+            trainer_callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+            if not any(isinstance(c, callbacks.PredictionWriter) for c in trainer_callbacks):
+                trainer_callbacks.append(callbacks.PredictionWriter())
+
+    CommandLine(
         AdapterModule,
         LightningDataModule,
         subclass_mode_model=True,

@@ -102,6 +102,7 @@ def successes(
 ) -> int:
     """How many episodes the policy solves."""
     policy = ActionExpertPolicy.from_checkpoint(checkpoint, execute=execute, seed=seed)
+    policy.reset()
     result = rollout(
         data.simulation,
         policy.select_actions,

@@ -1,10 +1,11 @@
-"""Callbacks: stream state, monitors, evaluation in closed loop, averaged weights."""
+"""Callbacks: stream state, monitors, evaluation in closed loop, averaged weights, predictions."""
 
 from callbacks.closed_loop import ClosedLoopEvaluation
 from callbacks.ema import EMA
 from callbacks.fast_weights import FastWeightMonitor
 from callbacks.file_boundary import FileBoundaryReset
 from callbacks.gates import GateMonitor
+from callbacks.prediction_writer import PredictionWriter
 from callbacks.stream_checkpoint import StreamStateCheckpoint
 from callbacks.throughput import Throughput
 
@@ -14,6 +15,7 @@ __all__ = [
     "FastWeightMonitor",
     "FileBoundaryReset",
     "GateMonitor",
+    "PredictionWriter",
     "StreamStateCheckpoint",
     "Throughput",
 ]

@@ -86,7 +86,8 @@ class ClosedLoopEvaluation(Callback):
         # A missing simulator shall be known now, not after hours of training.
         self._simulation(trainer).make().close()
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._check(trainer, pl_module)
         self._evaluated = trainer.global_step
         if self.at_start and trainer.global_step == 0:
             self.evaluate(trainer, pl_module, "before training")
@@ -105,6 +106,9 @@ class ClosedLoopEvaluation(Callback):
         if self.at_end:
             self.evaluate(trainer, pl_module, "after training")
 
+    def on_test_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._check(trainer, pl_module)
+
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.evaluate(trainer, pl_module, "test")
 
@@ -113,7 +117,7 @@ class ClosedLoopEvaluation(Callback):
 
         Args:
             trainer: whose loggers are written to.
-            pl_module: has a `policy(seed=...)`.
+            pl_module: its `policy(seed=...)` has `check`, `reset` and `select_actions`.
             moment: when this is, for the printed line.
         """
         scalars: dict[str, float] = {}
@@ -134,16 +138,23 @@ class ClosedLoopEvaluation(Callback):
         self, trainer: pl.Trainer, pl_module: Any, simulation: Simulation
     ) -> RolloutResult:
         datamodule: Any = getattr(trainer, "datamodule", None)
+        policy = pl_module.policy(seed=self.seed)
+        policy.reset()
         # A goal that the data hides after a while is hidden from the policy as well.
         goal_visible_steps = None if datamodule is None else datamodule.goal_visible_steps
         return rollout(
             simulation,
-            pl_module.policy(seed=self.seed).select_actions,
+            policy.select_actions,
             episodes=self.episodes,
             num_envs=self.num_envs,
             seed=self.seed,
             goal_visible_steps=goal_visible_steps,
         )
+
+    def _check(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Before anything is run: can the policy act in this simulation at all?"""
+        simulation = self._simulation(trainer)
+        pl_module.policy().check(len(simulation.state_names), *simulation.action_bounds)
 
     def _simulation(self, trainer: pl.Trainer) -> Simulation:
         datamodule = getattr(trainer, "datamodule", None)

@@ -124,7 +124,8 @@ class ActionChunkDataset:
 
     A sample has `observation.state [S]`, the chosen cameras, `action [A, D]` (what follows the
     end of the episode repeats its last action), `action_is_pad [A]` (true there, and everywhere
-    in idle rows), `episode_index` and `task` (both scalar int64).
+    in idle rows), `episode_index`, `frame_index` (where the chunk starts) and `task` (all scalar
+    int64).
 
     Args:
         data: the folder, with `state_keys` and the action loaded.
@@ -187,6 +188,7 @@ class ActionChunkDataset:
             ACTION: torch.from_numpy(action),
             "action_is_pad": torch.from_numpy(is_pad),
             "episode_index": torch.tensor(int(self.data.episode_index[episode])),
+            "frame_index": torch.tensor(frame),
             "task": torch.tensor(int(self.data.task_index[row])),
         }
 

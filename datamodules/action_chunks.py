@@ -6,6 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from datamodules.action_chunk_dataset import (
     ACTION,
     STATE,
@@ -97,8 +99,10 @@ class ActionChunkDataModule(StreamDataModule):
         """What a policy must know of the data: plain values, stored in its checkpoints.
 
         `state_dim`, `action_dim`, `horizon`, `stride` (None in `shuffled` mode), `image_keys`,
-        `delta_actions`.
+        `delta_actions`, `action_range` (lowest and highest recorded action, `[2][D]`) and
+        `action_bounds` (those of the simulation that was recorded; None where it is not known).
         """
+        bounds = None if self.simulation is None else self.simulation.action_bounds
         return {
             "state_dim": state_width(self.dataset, self.chunks),
             "action_dim": self.dataset.width(ACTION),
@@ -106,7 +110,14 @@ class ActionChunkDataModule(StreamDataModule):
             "stride": self.chunks.stride if self.chunks.mode == "stream" else None,
             "image_keys": list(self.chunks.image_keys),
             "delta_actions": list(self.chunks.delta_actions),
+            "action_range": self._action_range(),
+            "action_bounds": bounds and [bound.tolist() for bound in bounds],
         }
+
+    def _action_range(self) -> list[list[float]]:
+        """Over the training episodes, as recorded: the delta transform does not count."""
+        actions = np.concatenate([self.dataset.episode(e, ACTION) for e in self._split[0]])
+        return [actions.min(axis=0).tolist(), actions.max(axis=0).tolist()]
 
     @property
     def goal_visible_steps(self) -> frozenset[int] | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, Literal
+from dataclasses import asdict, replace
+from typing import Any, Literal, NoReturn
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_modules.adapters import TTTAdapterConfig, inject_adapters
 from lightning_modules.base import AdapterModule, Chunk, ParameterGroup, Schedule
 from lightning_modules.layers.normalization import Normalizer
+from lightning_modules.layers.ttt import TTTConfig
 from lightning_modules.models.action_expert import ActionExpert, ExpertConfig, Writers
 from lightning_modules.models.flow_matching import (
     euler_sample,
@@ -22,6 +23,10 @@ from lightning_modules.models.flow_matching import (
 )
 from lightning_modules.policy import ActionExpertPolicy
 from lightning_modules.streams import FastState
+
+STATE, ACTION = "observation.state", "action"
+CHECKPOINT_KEY = "action_expert"
+"""Where a checkpoint holds what `ActionExpertModule.rebuild` needs beside the weights."""
 
 
 class ActionExpertModule(AdapterModule):
@@ -87,8 +92,9 @@ class ActionExpertModule(AdapterModule):
         self.model: ActionExpert | None = None
 
     def configure_model(self) -> None:
-        """Build the model for the DataModule's features, unless a checkpoint has done so."""
-        if self.model is None:
+        """Build the model for the DataModule's features, unless a checkpoint does so."""
+        loads_checkpoint = self._trainer is None  # in `load_from_checkpoint`
+        if self.model is None and not loads_checkpoint:
             datamodule = getattr(self.trainer, "datamodule", None)
             if not hasattr(datamodule, "features"):
                 raise ValueError(
@@ -104,7 +110,8 @@ class ActionExpertModule(AdapterModule):
 
         Args:
             features: `state_dim`, `action_dim`, `horizon`, `stride` (None without streams),
-                `image_keys` and `delta_actions`, as `ActionChunkDataModule.features` gives them.
+                `image_keys`, `delta_actions`, `action_range` and `action_bounds` (which only a
+                policy's `check` reads), as `ActionChunkDataModule.features` gives them.
             statistics: feature -> statistic -> values of the training data; None leaves them to
                 the checkpoint that is loaded next.
         """
@@ -142,8 +149,8 @@ class ActionExpertModule(AdapterModule):
     ) -> Tensor:
         """Flow-matching loss over the valid entries of a chunk; see `AdapterModule.chunk_loss`."""
         assert self.model is not None
-        state = self.normalizer.normalize("observation.state", chunk["observation.state"])
-        actions = self.normalizer.normalize("action", chunk["action"])
+        state = self.normalizer.normalize(STATE, chunk[STATE])
+        actions = self.normalizer.normalize(ACTION, chunk[ACTION])
         noise = torch.randn(
             actions.shape, dtype=actions.dtype, device=actions.device, generator=generator
         )
@@ -177,7 +184,7 @@ class ActionExpertModule(AdapterModule):
         # `forward`, not the call: what is compiled for training would compile anew for every
         # number of rows that a batch of environments happens to ask for.
         forward, fast = self.model.forward, fast_state or FastState.transient()
-        observation = self.normalizer.normalize("observation.state", state)
+        observation = self.normalizer.normalize(STATE, state)
         shape = (state.shape[0], self.features["horizon"], self.features["action_dim"])
         noise = torch.randn(shape, device=state.device, generator=generator)
 
@@ -191,10 +198,31 @@ class ActionExpertModule(AdapterModule):
             return out
 
         actions = euler_sample(velocity, noise, self.denoise_steps)
-        actions = self.normalizer.unnormalize("action", actions)
-        for dim in self.features["delta_actions"]:
-            actions[..., dim] += state[:, None, dim]
+        return self._absolute(self.normalizer.unnormalize(ACTION, actions), state)
+
+    def _absolute(self, actions: Tensor, state: Tensor) -> Tensor:
+        """Actions `[B, A, D]` of which some dimensions are relative to the state `[B, S]`."""
+        dims = list(self.features["delta_actions"])
+        actions = actions.clone()
+        actions[..., dims] += state[:, None, dims]
         return actions
+
+    def predict_chunk(
+        self, chunk: Chunk, fast_state: FastState, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """Sampled actions beside the recorded ones, both absolute and in the units of the data.
+
+        Returns:
+            `episode_index [B]`, `frame_index [B]`, `action [B, A, D]` (sampled),
+            `recorded_action [B, A, D]` and `action_is_pad [B, A]`.
+        """
+        return {
+            "episode_index": chunk["episode_index"],
+            "frame_index": chunk["frame_index"],
+            ACTION: self.sample_actions(chunk[STATE], fast_state, generator),
+            "recorded_action": self._absolute(chunk[ACTION], chunk[STATE]),
+            "action_is_pad": chunk["action_is_pad"],
+        }
 
     def policy(self, seed: int = 0) -> ActionExpertPolicy:
         """This module as a policy; the weights are shared, nothing is copied."""
@@ -211,20 +239,72 @@ class ActionExpertModule(AdapterModule):
         return "fast" if leaf in fast else "adapter"
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the sizes, so that the checkpoint rebuilds the model by itself."""
-        checkpoint["features"] = self.features
+        """Store options and sizes, so that `rebuild` needs nothing but the checkpoint."""
+        checkpoint[CHECKPOINT_KEY] = {
+            "options": {
+                "expert": asdict(self.expert),
+                "ttt": None if self.ttt is None else asdict(self.ttt),
+                "ttt_layer_positions": list(self.ttt_layers),
+                "ttt_write": self.ttt_write,
+                "ttt_state": self.ttt_state,
+                "execution_horizon": self.execution_horizon,
+                "denoise_steps": self.denoise_steps,
+                "normalization": self.normalization,
+            },
+            "features": self.features,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rebuild the model before its weights are loaded; other sizes are an error."""
-        stored = checkpoint["features"]
+        """Rebuild the model before its weights are loaded; data of another kind is an error."""
+        stored = _stored(checkpoint)["features"]
         if self.model is None:
             self.build(stored)
-        for key in ("state_dim", "action_dim", "horizon"):
+        for key in ("state_dim", "action_dim", "horizon", "delta_actions"):
             if stored[key] != self.features[key]:
                 raise ValueError(
                     f"the checkpoint was trained with {key}={stored[key]}, the data has "
                     f"{self.features[key]}: use the data it was trained on, or train anew"
                 )
+
+    @classmethod
+    def rebuild(cls, checkpoint: Mapping[str, Any]) -> ActionExpertModule:
+        """The module of a checkpoint, for inference: in eval mode, with its weights.
+
+        The weights are those under `state_dict`, which are the averages where EMA ran.
+
+        Args:
+            checkpoint: content of the file.
+
+        Raises:
+            ValueError: it is not the checkpoint of an action expert.
+            KeyError: it lacks a statistic that normalisation needs.
+        """
+        stored = _stored(checkpoint)
+        options = dict(stored["options"])
+        expert, ttt = ExpertConfig(**options.pop("expert")), options.pop("ttt")
+        if ttt is not None:
+            ttt = TTTAdapterConfig(**{**ttt, "layer": TTTConfig(**ttt["layer"])})
+        module = cls(_refuse_to_train, expert=expert, ttt=ttt, **options)
+        module.build(stored["features"])
+        module.load_state_dict(checkpoint["state_dict"])
+        module.normalizer.require(STATE, ACTION)
+        return module.eval().requires_grad_(False)
+
+
+def _stored(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(checkpoint, Mapping) or CHECKPOINT_KEY not in checkpoint:
+        raise ValueError(
+            f"this is not the checkpoint of an ActionExpertModule: it has no {CHECKPOINT_KEY!r}; "
+            "use one that `python cli.py fit` wrote with this model and this version"
+        )
+    return checkpoint[CHECKPOINT_KEY]
+
+
+def _refuse_to_train(parameters: Any) -> NoReturn:
+    raise RuntimeError(
+        "a module that was rebuilt from a checkpoint has no optimizer: to train on, run "
+        "python cli.py fit --ckpt_path, or make an ActionExpertModule with one"
+    )
 
 
 def _layer_positions(

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from lightning_modules.streams import FastState, StreamState
+from lightning_modules.streams import NO_STREAM, FastState, StreamPlan, StreamState
 
 Chunk = dict[str, Any]
 
@@ -111,6 +111,15 @@ class AdapterModule(pl.LightningModule):
             generator: source of noise; None uses the global one.
         """
 
+    def predict_chunk(
+        self, chunk: Chunk, fast_state: FastState, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """What `predict` writes of one chunk, name -> `[B, ...]`; arguments as `chunk_loss`."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no predict_chunk, so there is nothing to predict: "
+            "implement it, or use validate or test"
+        )
+
     def parameter_group(self, name: str) -> str:
         """Group of a parameter (one of `GROUPS`) by its dotted name."""
         return "base"
@@ -140,6 +149,23 @@ class AdapterModule(pl.LightningModule):
         losses = [self.chunk_loss(chunk, self.streams.begin(chunk), generator) for chunk in batch]
         live = sum(int(id_ >= 0) for chunk in batch for id_ in chunk["plan"].stream_id)
         self.log(f"{name}/loss", torch.stack(losses).mean(), batch_size=live, sync_dist=True)
+
+    def predict_step(self, batch: list[Chunk], batch_idx: int) -> dict[str, Tensor]:
+        """Predictions of the batch's chunks, one after the other, without its idle rows.
+
+        The noise is the same in every run.
+
+        Returns:
+            name -> `[N, ...]`, where N counts the live rows of all chunks.
+        """
+        generator = torch.Generator(self.device).manual_seed(batch_idx)
+        parts = []
+        for chunk in batch:
+            prediction = self.predict_chunk(chunk, self.streams.begin(chunk), generator)
+            ids = StreamPlan.of(chunk).stream_id
+            live = torch.tensor([id_ != NO_STREAM for id_ in ids], device=self.device)
+            parts.append({name: values[live] for name, values in prediction.items()})
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def configure_optimizers(self) -> Any:
         """Optimizer over the groups of trainable parameters, and its schedule."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,9 +15,23 @@ from lightning_modules.streams import FastState, Slots, merge_rows, reset_rows, 
 if TYPE_CHECKING:
     from lightning_modules.action_expert import ActionExpertModule
 
+STATE = "observation.state"
+ROUNDING = 1e-5
+"""By how much recorded float32 actions may stand beyond the range that they were clipped to."""
+
+Values = np.ndarray | Tensor | Sequence[Any]
+Observation = Mapping[str, Values] | Values
+
 
 class ActionExpertPolicy:
-    """Receding-horizon control of a batch of environments, with action queue and fast state.
+    """Receding-horizon control of one environment or of a batch of them.
+
+    ```python
+    policy = ActionExpertPolicy.from_checkpoint("runs/x/version_0/checkpoints/last.ckpt")
+    policy.check_environment(env)
+    policy.reset()
+    action = policy.select_action(observation)
+    ```
 
     Whenever a row's queue is empty (or its episode begins) a chunk of actions is sampled from the
     row's latest observation, and the first `execute` of them are played. With
@@ -23,9 +39,12 @@ class ActionExpertPolicy:
     the beginning of an episode. Nothing of the module's training state is read or changed.
 
     Args:
-        module: the trained module; used in eval mode without gradients.
+        module: the trained module; it is used without gradients.
         execute: actions played per sampled chunk; None takes the module's `execution_horizon`.
         seed: of the noise from which actions are sampled.
+
+    Raises:
+        ValueError: `execute` is not between 1 and the horizon.
     """
 
     def __init__(
@@ -37,17 +56,95 @@ class ActionExpertPolicy:
             raise ValueError(f"execute={self.execute} must lie between 1 and the horizon {horizon}")
         self.module = module
         self.seed = seed
-        self.reset()
+        self._generator: torch.Generator | None = None
+        """None until the first reset."""
 
-    def reset(self) -> None:
-        """Forget every episode: queues, fast state, and the noise generator's position."""
-        self._slots: Slots = {}
-        self._queue: Tensor | None = None
-        self._played: Tensor | None = None
-        self._generator = torch.Generator(self.module.device).manual_seed(self.seed)
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        execute: int | None = None,
+        seed: int = 0,
+    ) -> ActionExpertPolicy:
+        """The policy of a checkpoint that training wrote; nothing else is needed.
+
+        Where the EMA callback averaged the weights, the averages act, as they did in closed-loop
+        evaluation.
+
+        Args:
+            path: e.g. `runs/quickstart/version_0/checkpoints/last.ckpt`.
+            device: where the module runs.
+            execute: actions played per sampled chunk; None takes the module's
+                `execution_horizon`.
+            seed: of the noise from which actions are sampled.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not the checkpoint of an action expert.
+            KeyError: it lacks a statistic that normalisation needs.
+        """
+        from lightning_modules.action_expert import ActionExpertModule  # which imports this file
+
+        module = ActionExpertModule.rebuild(_read(Path(path)))
+        return cls(module.to(device), execute=execute, seed=seed)
+
+    def reset(self, rows: Values | None = None) -> None:
+        """Begin episodes: forget queued actions and fast state.
+
+        Args:
+            rows: environments whose next observation begins an episode, `[N]` bool: of vectorised
+                environments, `terminated | truncated`. None begins everything anew, also the
+                noise, and the number of environments may change.
+
+        Raises:
+            RuntimeError: `rows` before the first `reset()`.
+            ValueError: `rows` is not one bool per environment.
+        """
+        if rows is None:
+            self._generator = torch.Generator(self.module.device).manual_seed(self.seed)
+            self._slots: Slots = {}
+            self._queue: Tensor | None = None
+            self._played: Tensor | None = None
+            return
+        self._check_reset()
+        if self._played is None:
+            return  # no row has begun yet
+        fresh = torch.as_tensor(rows).cpu()
+        if fresh.dtype != torch.bool or fresh.shape != self._played.shape:
+            raise ValueError(
+                f"reset got {fresh.dtype} of shape {tuple(fresh.shape)} for {len(self._played)} "
+                "environments: give one bool per environment, or nothing to restart all of them"
+            )
+        self._slots = reset_rows(self._slots, fresh)
+        self._played[fresh] = self.execute
+
+    def select_action(self, observation: Observation) -> np.ndarray | Tensor:
+        """The next action of one environment, or of each environment of a batch.
+
+        Args:
+            observation: `[S]` or `[N, S]` in the units of the training data, an array or a
+                tensor; or a mapping with that under "observation.state". Several `state_keys` of
+                the training data are concatenated in their order.
+
+        Returns:
+            Actions `[D]` or `[N, D]` in the units of the training data, float32; a tensor (on
+            the same device) for a tensor, an array otherwise.
+
+        Raises:
+            RuntimeError: `reset` was never called.
+            ValueError: the observation has another size, or the number of rows has changed.
+            KeyError: the mapping has no "observation.state".
+        """
+        values = _state_of(observation)
+        states = torch.as_tensor(values, dtype=torch.float32)
+        actions = self._act(states[None] if states.dim() == 1 else states)
+        actions = actions[0] if states.dim() == 1 else actions
+        return actions.to(values.device) if isinstance(values, Tensor) else actions.numpy()
 
     def select_actions(self, states: np.ndarray, new_episode: np.ndarray) -> np.ndarray:
-        """One action per row.
+        """`reset(new_episode)`, then one action per row: what `datamodules.rollout` calls.
 
         Args:
             states: observation of every row, `[N, S]`, in the units of the training data.
@@ -56,27 +153,69 @@ class ActionExpertPolicy:
         Returns:
             Actions `[N, D]` in the units of the training data.
         """
-        observation = torch.as_tensor(states, dtype=torch.float32, device=self.module.device)
-        fresh = torch.as_tensor(new_episode, dtype=torch.bool)
+        self.reset(new_episode)
+        return self._act(torch.as_tensor(states, dtype=torch.float32)).numpy()
+
+    def check_environment(self, env: Any) -> None:
+        """Compare an environment's spaces with what the policy was trained on.
+
+        Args:
+            env: a gymnasium environment, vectorised or not. A dict of observations without
+                "observation.state" is not looked at: the caller makes the state of it, and
+                `select_action` checks that.
+
+        Raises:
+            ValueError: actions or observations have another size, or actions another range.
+        """
+        actions = getattr(env, "single_action_space", env.action_space)
+        if not (hasattr(actions, "low") and hasattr(actions, "high")):
+            raise ValueError(
+                f"the environment takes {actions}, but the policy's actions are real numbers: "
+                "use an environment whose action_space is a gymnasium.spaces.Box"
+            )
+        observations = getattr(env, "single_observation_space", env.observation_space)
+        self.check(_state_size(observations), actions.low, actions.high)
+
+    def check(self, state_dim: int | None, action_low: np.ndarray, action_high: np.ndarray) -> None:
+        """As `check_environment`, for a place that is described by numbers.
+
+        Args:
+            state_dim: size of its observation; None leaves that unchecked.
+            action_low: lowest action, `[D]`.
+            action_high: highest action, `[D]`.
+        """
+        features = self.module.features
+        expected = {"state_dim": features["state_dim"], "action_dim": features["action_dim"]}
+        found = {"state_dim": state_dim, "action_dim": int(np.size(action_low))}
+        for name, size in found.items():
+            if size is not None and size != expected[name]:
+                raise ValueError(
+                    f"the environment has {name}={size}, the policy was trained with "
+                    f"{name}={expected[name]}: use the checkpoint of a policy for this "
+                    "environment, or the environment of this policy"
+                )
+        _check_range(features, np.ravel(action_low), np.ravel(action_high))
+
+    def _act(self, states: Tensor) -> Tensor:
+        """One action `[N, D]` (on the CPU) for every row of states `[N, S]`."""
+        self._check_reset()
+        self._check_states(states)
         if self._played is None:
-            fresh = torch.ones_like(fresh)
-            self._played = torch.zeros(len(fresh), dtype=torch.long)
-        if self._slots:
-            self._slots = reset_rows(self._slots, fresh)
-        rows = torch.nonzero(fresh | (self._played >= self.execute)).flatten()
+            self._played = torch.full((len(states),), self.execute)
+        rows = torch.nonzero(self._played >= self.execute).flatten()
         if len(rows):
-            self._plan(observation, rows)
+            self._plan(states.to(self.module.device), rows)
         assert self._queue is not None
         actions = self._queue[torch.arange(len(self._played)), self._played]
         self._played = self._played + 1
-        return actions.numpy()
+        return actions
 
-    def _plan(self, observation: Tensor, rows: Tensor) -> None:
+    def _plan(self, states: Tensor, rows: Tensor) -> None:
         """Sample chunks for some rows, fill their queues and carry their fast state on."""
         assert self._played is not None
         fast_state = FastState(select_rows(self._slots, rows))
         chunk = self.module.sample_actions(
-            observation[rows.to(observation.device)], fast_state, self._generator
+            states[rows.to(states.device)], fast_state, self._generator
         ).cpu()
         if self.module.streams.persistent:
             self._slots = merge_rows(self._slots, rows, fast_state.outgoing)
@@ -84,3 +223,79 @@ class ActionExpertPolicy:
             self._queue = torch.zeros(len(self._played), *chunk.shape[1:])
         self._queue[rows] = chunk
         self._played[rows] = 0
+
+    def _check_reset(self) -> None:
+        if self._generator is None:
+            raise RuntimeError(
+                "the policy has not begun an episode: call policy.reset() before the first "
+                "observation, and again (or reset(rows)) whenever an episode begins"
+            )
+
+    def _check_states(self, states: Tensor) -> None:
+        size = self.module.features["state_dim"]
+        if states.dim() != 2 or states.shape[1] != size:
+            raise ValueError(
+                f"the observation has shape {tuple(states.shape)}, the policy was trained with "
+                f"state_dim={size}: give [{size}] for one environment or [N, {size}] for N"
+            )
+        if self._played is not None and len(states) != len(self._played):
+            raise ValueError(
+                f"the policy drives {len(self._played)} environments and got observations of "
+                f"{len(states)}: call reset() when their number changes"
+            )
+
+
+def _read(path: Path) -> Any:
+    """Content of a checkpoint file."""
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(
+            f"the checkpoint {path} {what}: name the file, e.g. "
+            "runs/quickstart/version_0/checkpoints/last.ckpt"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for files that are none of its
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}): name a file that "
+            "ModelCheckpoint or trainer.save_checkpoint wrote"
+        ) from error
+
+
+def _state_of(observation: Observation) -> Values:
+    if not isinstance(observation, Mapping):
+        return observation
+    if STATE not in observation:
+        raise KeyError(
+            f"the observation has no {STATE!r} (only {', '.join(map(repr, observation))}): put "
+            "what the policy was trained on under that key, or give the bare array"
+        )
+    return observation[STATE]
+
+
+def _state_size(space: Any) -> int | None:
+    """Size of the state in an observation space; None if the space does not name it."""
+    members = getattr(space, "spaces", None)
+    if isinstance(members, Mapping):
+        space = members.get(STATE)
+    return None if space is None else int(np.prod(space.shape))
+
+
+def _check_range(features: Mapping[str, Any], low: np.ndarray, high: np.ndarray) -> None:
+    bounds = features["action_bounds"]
+    if bounds is not None and not np.allclose([low, high], bounds, atol=ROUNDING):
+        raise ValueError(
+            f"the environment takes actions from {low.tolist()} to {high.tolist()}, the policy was "
+            f"trained for {bounds[0]} to {bounds[1]}: rescale the environment's actions "
+            "(gymnasium.wrappers.RescaleAction), or train on recordings of this environment"
+        )
+    first, last = (np.asarray(values) for values in features["action_range"])
+    wrong = np.flatnonzero((first < low - ROUNDING) | (last > high + ROUNDING))
+    if len(wrong):
+        dim = int(wrong[0])
+        raise ValueError(
+            f"the environment takes actions from {low[dim]:g} to {high[dim]:g} in dimension {dim}, "
+            f"but the policy learned from actions between {first[dim]:g} and {last[dim]:g}: "
+            "rescale the environment's actions (gymnasium.wrappers.RescaleAction), or train on "
+            "recordings of this environment"
+        )

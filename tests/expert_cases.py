@@ -19,6 +19,8 @@ FEATURES = {
     "stride": STRIDE,
     "image_keys": [],
     "delta_actions": (),
+    "action_range": [[-0.5, -1.0, -1.0], [0.5, 1.0, 1.0]],
+    "action_bounds": None,
 }
 
 
@@ -64,6 +66,8 @@ def make_chunk(index: int = 0, rows: int = 3, first: bool | None = None) -> dict
         "observation.state": randn(rows, STATE),
         "action": randn(rows, HORIZON, ACTION),
         "action_is_pad": torch.zeros(rows, HORIZON, dtype=torch.bool),
+        "episode_index": torch.arange(rows) + 10,
+        "frame_index": torch.full((rows,), STRIDE * index),
         "stream_id": torch.tensor(plan.stream_id),
         "chunk_index": torch.tensor(plan.chunk_index),
         "is_first": torch.tensor(plan.is_first),

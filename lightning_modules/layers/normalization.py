@@ -63,14 +63,24 @@ class Normalizer(nn.Module):
         shift, scale = self._parameters_of(name)
         return x * scale + shift
 
+    def require(self, *names: str) -> None:
+        """Make sure that the named features can be normalised.
+
+        Raises:
+            KeyError: one of them has no shift or no scale.
+        """
+        for name in names if self.mode != "none" else ():
+            self._parameters_of(name)
+
     def _parameters_of(self, name: str) -> tuple[Tensor, Tensor]:
-        if _buffer(name, "shift") not in self._buffers:
-            known = [key.removesuffix("_shift") for key in self._buffers if key.endswith("_shift")]
+        shift, scale = _buffer(name, "shift"), _buffer(name, "scale")
+        if shift not in self._buffers or scale not in self._buffers:
             raise KeyError(
-                f"no statistics for feature {name!r} (there are some for: {', '.join(known)}); "
-                "give them to Normalizer(stats), load a checkpoint, or use mode 'none'"
+                f"no shift and scale for feature {name!r} (only {', '.join(self._buffers)}); "
+                "give its statistics to Normalizer(stats), load a checkpoint that has them, or "
+                "use mode 'none'"
             )
-        return getattr(self, _buffer(name, "shift")), getattr(self, _buffer(name, "scale"))
+        return getattr(self, shift), getattr(self, scale)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

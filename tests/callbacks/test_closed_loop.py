@@ -76,8 +76,16 @@ class ToyData(pl.LightningDataModule):
 class ToyPolicy:
     def __init__(self, module: ActingModule) -> None:
         self.module = module
+        self.begun = False
+
+    def check(self, state_dim: int, low: np.ndarray, high: np.ndarray) -> None:
+        self.module.checked.append((state_dim, low.tolist(), high.tolist()))
+
+    def reset(self) -> None:
+        self.begun = True
 
     def select_actions(self, states: np.ndarray, new_episode: np.ndarray) -> np.ndarray:
+        assert self.begun
         self.module.acted.append((self.module.alpha.detach().clone(), states, new_episode))
         assert not any(module.training for module in self.module.modules())
         assert not torch.is_grad_enabled()
@@ -91,6 +99,7 @@ class ActingModule(ToyModule):
         super().__init__()
         self.layers[2].eval()  # a part that is frozen in eval mode must stay so
         self.acted: list[tuple[Tensor, np.ndarray, np.ndarray]] = []
+        self.checked: list[tuple[int, list[float], list[float]]] = []
 
     def policy(self, seed: int = 0) -> ToyPolicy:
         return ToyPolicy(self)
@@ -182,6 +191,21 @@ def test_the_averaged_weights_act_and_the_trained_ones_go_on(tmp_path: Path) -> 
 def _alphas(module: ActingModule) -> list[Tensor]:
     """alpha at each evaluation; its one episode begins with `new`."""
     return [alpha for alpha, _, new in module.acted if new[0]]
+
+
+def test_a_policy_that_does_not_fit_is_known_before_training(tmp_path: Path) -> None:
+    evaluation = ClosedLoopEvaluation(episodes=1, at_start=False)
+    module, trainer = run(tmp_path / "fits", evaluation)
+    assert module.checked == [(4, [-1.0, -1.0], [1.0, 1.0])]
+    evaluation.on_test_start(trainer, module)
+    assert len(module.checked) == 2
+
+    def refuse(self: ToyPolicy, *sizes: Any) -> None:
+        raise ValueError("does not fit")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="does not fit"):
+        patch.setattr(ToyPolicy, "check", refuse)
+        run(tmp_path / "refused", ClosedLoopEvaluation(at_start=False, at_end=False))
 
 
 def test_goal_is_hidden_as_the_datamodule_says(

@@ -47,6 +47,7 @@ def test_chunk_c_of_a_stream_starts_at_frame_c_times_stride(folder: Path) -> Non
             expected = actions[start : start + 4]
             np.testing.assert_array_equal(sample["action"][: len(expected)], expected)
             assert sample["episode_index"] == file
+            assert sample["frame_index"] == start
             assert sample["task"] == TASK_OF_EPISODE[file]
 
 
@@ -74,6 +75,7 @@ def test_shuffled_makes_every_frame_a_file_of_one_chunk(folder: Path) -> None:
         sample = dataset[request(file, 0)]
         expected = values("observation.state", episode)[frame]
         np.testing.assert_array_equal(sample["observation.state"], expected)
+        assert sample["frame_index"] == frame
         assert sample["action_is_pad"].sum() == max(0, frame + 4 - LENGTHS[episode])
 
 
@@ -222,10 +224,16 @@ def test_tbptt_needs_streams(folder: Path) -> None:
 
 
 def test_features_describe_the_batches(folder: Path) -> None:
-    module = ActionChunkDataModule(str(folder), horizon=4, stride=2, delta_actions=(0,))
+    module = ActionChunkDataModule(
+        str(folder), horizon=4, stride=2, delta_actions=(0,), val_fraction=0.3, seed=1
+    )
+    training = module.build_dataset("train").episodes.tolist()
+    recorded = np.concatenate([values("action", episode) for episode in training])
     assert module.features == {
         "state_dim": 3, "action_dim": 2, "horizon": 4, "stride": 2, "image_keys": [],
         "delta_actions": [0],
+        "action_range": [recorded.min(0).tolist(), recorded.max(0).tolist()],
+        "action_bounds": None,
     }  # fmt: skip
 
 
@@ -304,6 +312,7 @@ def test_a_recording_is_made_by_prepare_data_and_reused(
     data.setup("fit")
     assert data.simulation is not None and data.simulation.name == "FetchReach"
     assert data.features["state_dim"] == 13 and data.features["action_dim"] == 4
+    assert data.features["action_bounds"] == [[-1.0] * 4, [1.0] * 4]
     monkeypatch.setattr("datamodules.recording.LeRobotWriter", None)  # recording again would fail
     build(seed=5, batch_size=2).prepare_data()
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1

@@ -47,7 +47,7 @@ def test_statistics_travel_in_the_checkpoint() -> None:
 
 
 def test_unknown_feature_lists_the_known_ones() -> None:
-    with pytest.raises(KeyError, match="'effort'.*observation_state, action"):
+    with pytest.raises(KeyError, match="'effort'.*observation_state_shift, .*action_scale"):
         Normalizer(STATS).normalize("effort", torch.zeros(1))
 
 

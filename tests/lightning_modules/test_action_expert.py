@@ -229,6 +229,28 @@ def test_a_checkpoint_rebuilds_the_model_and_refuses_other_sizes() -> None:
         other.on_load_checkpoint(checkpoint)
 
 
+def test_a_checkpoint_refuses_data_with_other_delta_actions() -> None:
+    checkpoint: dict = {}
+    make_module(features={"delta_actions": (1,)}).on_save_checkpoint(checkpoint)
+    with pytest.raises(ValueError, match=r"delta_actions=\(1,\), the data has \(\)"):
+        make_module().on_load_checkpoint(checkpoint)
+
+
+def test_predictions_stand_beside_the_recorded_actions_both_absolute() -> None:
+    module = make_module(features={"delta_actions": (1,)}, ttt_state="carry_episode")
+    chunk, fast_state = make_chunk(), FastState.transient()
+    prediction = module.predict_chunk(chunk, fast_state, torch.Generator().manual_seed(0))
+    state, recorded = chunk["observation.state"], chunk["action"].clone()
+    recorded[..., 1] += state[:, None, 1]
+    assert torch.equal(prediction["recorded_action"], recorded)
+    alone = FastState.transient()
+    sampled = module.sample_actions(state, alone, torch.Generator().manual_seed(0))
+    assert torch.equal(prediction["action"], sampled)
+    assert equal(fast_state.outgoing, alone.outgoing) and fast_state.outgoing
+    for name in ("episode_index", "frame_index", "action_is_pad"):
+        assert torch.equal(prediction[name], chunk[name])
+
+
 def test_without_ttt_layers_the_control_has_none() -> None:
     module = make_module(ttt_layer_positions=None)
     assert not [name for name, _ in module.named_parameters() if ".ttt" in name]

@@ -1,0 +1,110 @@
+"""What `predict` computes, in a parquet file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+
+# Not Lightning's BasePredictionWriter: that one needs the indices of its own kind of sampler.
+class PredictionWriter(Callback):
+    """Write the dict of tensors `[N, ...]` that `predict_step` returns, one row per entry of N.
+
+    Every name becomes a column; what follows the first dimension becomes (nested) lists of fixed
+    size. Batches are written as they come, one row group each, into a temporary file that takes
+    its name when all are there: a run that is stopped leaves no file that looks complete. With
+    several processes each writes its own, `predictions-00001-of-00004.parquet`.
+
+    Args:
+        path: the file, which replaces an earlier one; None is `predictions.parquet` in the
+            directory of the logger.
+
+    Raises:
+        TypeError: `predict_step` returns something else.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = path
+        self._target = Path()
+        self._writer: pq.ParquetWriter | None = None
+        self._rows = 0
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        path = Path(self.path or Path(trainer.log_dir or ".") / "predictions.parquet")
+        if trainer.world_size > 1:
+            part = f"{trainer.global_rank:05d}-of-{trainer.world_size:05d}"
+            path = path.with_name(f"{path.stem}-{part}{path.suffix}")
+        self._target, self._rows = path, 0
+
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        table = to_table(outputs)
+        if self._writer is None:
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            self._writer = pq.ParquetWriter(self._temporary, table.schema)
+        self._writer.write_table(table)
+        self._rows += len(table)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._writer is None:
+            return
+        self._close()
+        os.replace(self._temporary, self._target)
+        pl_module.print(f"predictions: {self._rows} rows in {self._target}")
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        if self._writer is not None:
+            self._close()
+            self._temporary.unlink()
+
+    @property
+    def _temporary(self) -> Path:
+        return self._target.with_name(f"{self._target.name}.part")
+
+    def _close(self) -> None:
+        assert self._writer is not None
+        self._writer.close()
+        self._writer = None
+
+
+def to_table(predictions: Any) -> pa.Table:
+    """Columns of tensors `[N, ...]`, name by name.
+
+    Raises:
+        TypeError: this is not a dict of tensors.
+    """
+    if not isinstance(predictions, dict) or not all(
+        isinstance(values, Tensor) for values in predictions.values()
+    ):
+        raise TypeError(
+            f"predict_step returned {type(predictions).__name__}: PredictionWriter needs a dict of "
+            "tensors [N, ...]; return one, or remove PredictionWriter from trainer.callbacks"
+        )
+    return pa.table({name: _column(values) for name, values in predictions.items()})
+
+
+def _column(values: Tensor) -> pa.Array:
+    values = values.detach().cpu()
+    if values.dtype == torch.bfloat16:  # which numpy does not know
+        values = values.float()
+    array = pa.array(values.reshape(-1).numpy())
+    for size in reversed(values.shape[1:]):
+        array = pa.FixedSizeListArray.from_arrays(array, size)
+    return array
