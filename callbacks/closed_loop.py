@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -14,16 +14,17 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from callbacks.ema import EMA, shards_parameters
-from callbacks.logging import log_figure, log_scalars
+from callbacks.episode_figures import animate_episodes, draw_paths
+from callbacks.logging import log_animation, log_figure, log_scalars
 from callbacks.throughput import Throughput
+from datamodules.mazes import Wall, walls_of
 from datamodules.rollout import RolloutResult, rollout
 from datamodules.simulations import Simulation, get_simulation
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 Z_95 = 1.959963984540054
 """The standard normal's 0.975 quantile."""
+ANIMATED = 9
+"""Episodes in an animation: as many as there are colours that can be told apart."""
 
 
 class ClosedLoopEvaluation(Callback):
@@ -31,9 +32,10 @@ class ClosedLoopEvaluation(Callback):
 
     The rate comes with its 95 % Wilson interval as `closed_loop/success`, `success_low`,
     `success_high`, beside `closed_loop/episode_length` (mean control steps); TensorBoard gets the
-    paths of all episodes, and one line goes to the terminal. `closed_loop/success` can be the
-    `monitor` of a ModelCheckpoint. Training goes on as if nothing had happened: random states,
-    modes and fast state are put back. With the EMA callback the averaged weights are evaluated.
+    paths of all episodes (after training and after `test` also an animation of the first nine),
+    and one line goes to the terminal. `closed_loop/success` can be the `monitor` of a
+    ModelCheckpoint. Training goes on as if nothing had happened: random states, modes and fast
+    state are put back. With the EMA callback the averaged weights are evaluated.
 
     Runs before training (not when resuming), every n steps, after training, and after `test`.
 
@@ -73,6 +75,7 @@ class ClosedLoopEvaluation(Callback):
         self.seed = seed
         self.simulation = simulation
         self._evaluated = 0
+        self._walls: tuple[Wall, ...] = ()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage not in ("fit", "test"):
@@ -84,7 +87,9 @@ class ClosedLoopEvaluation(Callback):
                 "evaluate the checkpoint with: python cli.py test"
             )
         # A missing simulator shall be known now, not after hours of training.
-        self._simulation(trainer).make().close()
+        env = self._simulation(trainer).make()
+        self._walls = walls_of(env)
+        env.close()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._check(trainer, pl_module)
@@ -104,21 +109,24 @@ class ClosedLoopEvaluation(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.at_end:
-            self.evaluate(trainer, pl_module, "after training")
+            self.evaluate(trainer, pl_module, "after training", last=True)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._check(trainer, pl_module)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.evaluate(trainer, pl_module, "test")
+        self.evaluate(trainer, pl_module, "test", last=True)
 
-    def evaluate(self, trainer: pl.Trainer, pl_module: Any, moment: str) -> None:
+    def evaluate(
+        self, trainer: pl.Trainer, pl_module: Any, moment: str, last: bool = False
+    ) -> None:
         """Run the episodes on the first process and write what happened; the others wait.
 
         Args:
             trainer: whose loggers are written to.
             pl_module: its `policy(seed=...)` has `check`, `reset` and `select_actions`.
             moment: when this is, for the printed line.
+            last: no evaluation follows, so this one is also animated.
         """
         scalars: dict[str, float] = {}
         if trainer.is_global_zero:
@@ -127,8 +135,10 @@ class ClosedLoopEvaluation(Callback):
                 result = self._roll_out(trainer, pl_module, simulation)
             scalars = _scalars(result)
             log_scalars(trainer, scalars, trainer.global_step)
-            figure = draw_paths(result, simulation.name)
+            figure = draw_paths(result, simulation.name, self._walls)
             log_figure(trainer, "closed_loop/paths", figure, trainer.global_step)
+            if last:
+                self._animate(trainer, result, simulation)
             pl_module.print(_line(scalars, len(result.successes), moment))
         scalars = trainer.strategy.broadcast(scalars)
         trainer.callback_metrics.update({tag: torch.tensor(n) for tag, n in scalars.items()})
@@ -137,24 +147,31 @@ class ClosedLoopEvaluation(Callback):
     def _roll_out(
         self, trainer: pl.Trainer, pl_module: Any, simulation: Simulation
     ) -> RolloutResult:
-        datamodule: Any = getattr(trainer, "datamodule", None)
         policy = pl_module.policy(seed=self.seed)
         policy.reset()
-        # A goal that the data hides after a while is hidden from the policy as well.
-        goal_visible_steps = None if datamodule is None else datamodule.goal_visible_steps
         return rollout(
             simulation,
             policy.select_actions,
             episodes=self.episodes,
             num_envs=self.num_envs,
             seed=self.seed,
-            goal_visible_steps=goal_visible_steps,
+            goal_visible_steps=_goal_visible_steps(trainer),
         )
 
     def _check(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Before anything is run: can the policy act in this simulation at all?"""
         simulation = self._simulation(trainer)
         pl_module.policy().check(len(simulation.state_names), *simulation.action_bounds)
+
+    def _animate(self, trainer: pl.Trainer, result: RolloutResult, simulation: Simulation) -> None:
+        gif = animate_episodes(
+            {simulation.name: result},
+            self._walls,
+            episodes=range(min(ANIMATED, len(result.lengths))),
+            frames_per_second=simulation.fps,
+            goal_visible_steps=_goal_visible_steps(trainer),
+        )
+        log_animation(trainer, "closed_loop/episodes", gif, trainer.global_step)
 
     def _simulation(self, trainer: pl.Trainer) -> Simulation:
         datamodule = getattr(trainer, "datamodule", None)
@@ -184,22 +201,10 @@ def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, flo
     return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
 
 
-def draw_paths(result: RolloutResult, title: str) -> Figure:
-    """Paths of all episodes seen from above, green where solved and red where not; goals as x."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 6), dpi=80)
-    axes = figure.add_subplot(aspect="equal")
-    episodes = zip(result.positions, result.goals, result.successes, strict=True)
-    for path, goal, success in episodes:
-        color = "tab:green" if success else "tab:red"
-        axes.plot(path[:, 0], path[:, 1], color=color, alpha=0.5, linewidth=1)
-        axes.plot(path[0, 0], path[0, 1], "o", color=color, markersize=2)
-        axes.plot(goal[0], goal[1], "x", color=color, markersize=5)
-    axes.set_title(f"{title}: {int(result.successes.sum())} of {len(result.successes)} solved")
-    axes.set_xlabel("x [m]")
-    axes.set_ylabel("y [m]")
-    return figure
+def _goal_visible_steps(trainer: pl.Trainer) -> Collection[int] | None:
+    """A goal that the data hides at some steps is hidden from the policy as well."""
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    return None if datamodule is None else datamodule.goal_visible_steps
 
 
 @contextmanager

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,6 +28,17 @@ def log_figure(trainer: pl.Trainer, tag: str, figure: Figure, step: int) -> None
     """Write a figure to every TensorBoard logger."""
     for writer in _tensorboards(trainer):
         writer.add_figure(tag, figure, step)
+
+
+def log_animation(trainer: pl.Trainer, tag: str, gif: bytes, step: int) -> None:
+    """Write an animated GIF to every TensorBoard logger, which plays it among the images."""
+    width, height = Image.open(io.BytesIO(gif)).size
+    image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=gif)
+    summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+    for writer in _tensorboards(trainer):
+        # As SummaryWriter.add_video, which would encode the frames with moviepy: no public method
+        # takes an encoded animation, and `file_writer` is None after an earlier run was closed.
+        writer._get_file_writer().add_summary(summary, step)
 
 
 def log_histogram(

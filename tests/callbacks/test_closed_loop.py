@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import random
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from toy_streams import ToyModule, fit, read_tensorboard, same, scalar, toy_batches
@@ -41,6 +44,10 @@ class ToyEnv:
     def close(self) -> None:
         pass
 
+    @property
+    def unwrapped(self) -> ToyEnv:
+        return self
+
     def _observe(self) -> dict[str, np.ndarray]:
         return {
             "observation": self.position,
@@ -65,12 +72,21 @@ SIMULATION = ToySimulation(
 )
 
 
+# One wall in a corner of what would be drawn without it.
+MAZE = {
+    "maze_map": [[1, 0], [0, 0]], "maze_size_scaling": 0.5,
+    "x_map_center": 0.0, "y_map_center": 0.5,
+}  # fmt: skip
+
+
 class ToyData(pl.LightningDataModule):
     simulation = SIMULATION
     goal_visible_steps: frozenset[int] | None = None
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(toy_batches(4), batch_size=None, collate_fn=same)
+
+    test_dataloader = train_dataloader
 
 
 class ToyPolicy:
@@ -100,6 +116,9 @@ class ActingModule(ToyModule):
         self.layers[2].eval()  # a part that is frozen in eval mode must stay so
         self.acted: list[tuple[Tensor, np.ndarray, np.ndarray]] = []
         self.checked: list[tuple[int, list[float], list[float]]] = []
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        pass
 
     def policy(self, seed: int = 0) -> ToyPolicy:
         return ToyPolicy(self)
@@ -140,12 +159,53 @@ def test_success_interval_length_line_and_figure_equal_the_episodes(
         written = scalar(events, f"closed_loop/{name}")
         assert list(written) == [0, 2, 4]
         assert written[0] == pytest.approx(number, rel=1e-6)
-    assert events.Images("closed_loop/paths")
+    assert {image.step for image in events.Images("closed_loop/paths")} == {0, 2, 4}
     out = capsys.readouterr().out
     line = f"closed-loop success: {5 * solved:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
     for moment in ("before training", "step 2", "after training"):
         assert f"{line} over 20 episodes ({moment})" in out
     assert trainer.callback_metrics["closed_loop/success"].item() == pytest.approx(solved / 20)
+
+
+def animations(folder: Path) -> list[bytes]:
+    events = read_tensorboard(folder)
+    return [image.encoded_image_string for image in events.Images("closed_loop/episodes")]
+
+
+def test_only_the_evaluations_after_training_and_in_test_are_animated(tmp_path: Path) -> None:
+    evaluation = ClosedLoopEvaluation(episodes=20, num_envs=6, every_n_steps=2)
+    module, trainer = run(tmp_path, evaluation)
+    assert len(animations(tmp_path)) == 1
+    trainer.test(module, datamodule=ToyData(), verbose=False)
+    after_training, in_test = animations(tmp_path)
+    frames = Image.open(io.BytesIO(after_training)).n_frames
+    assert frames == 3  # the start and two steps, which is the limit
+    assert after_training == in_test
+
+
+def test_the_animation_hides_the_goal_as_the_datamodule_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "shown", ClosedLoopEvaluation(episodes=2))
+    monkeypatch.setattr(ToyData, "goal_visible_steps", frozenset({0}))
+    run(tmp_path / "hidden", ClosedLoopEvaluation(episodes=2))
+    assert animations(tmp_path / "shown") != animations(tmp_path / "hidden")
+
+
+def test_walls_of_the_simulation_are_in_both_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tags = ("closed_loop/paths", "closed_loop/episodes")
+    pictures = []
+    for maze in (None, SimpleNamespace(**MAZE), SimpleNamespace(**MAZE)):
+        monkeypatch.setattr(ToyEnv, "maze", maze, raising=False)
+        folder = tmp_path / str(len(pictures))
+        run(folder, ClosedLoopEvaluation(episodes=2, at_start=False))
+        events = read_tensorboard(folder)
+        pictures.append([events.Images(tag)[0].encoded_image_string for tag in tags])
+    open_space, walled, again = pictures
+    assert all(a != b for a, b in zip(open_space, walled, strict=True))
+    assert walled == again
 
 
 def test_training_with_evaluation_is_bit_identical_to_training_without(tmp_path: Path) -> None:
