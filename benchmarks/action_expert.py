@@ -6,8 +6,8 @@
 
 `train` records the data (or reuses it) and leaves `TRIAL/seed_N/policy.ckpt` and `training.json`;
 called again it continues what was interrupted from its last checkpoint and skips what is complete.
-`evaluate` needs only these two files (training may have happened on another machine), and leaves
-`result.json`. `report` writes `results.md` and the figures from whatever is complete.
+`evaluate` needs only these two and `config.yaml` (training may have happened on another machine),
+and leaves `result.json`. `report` writes `results.md` and the figures from whatever is complete.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import yaml
 from action_expert_report import report
 from action_expert_trials import TRIALS, Trial
 
+from datamodules.recording import RecordingConfig, record
+
 ROOT = Path(__file__).resolve().parents[1]
 CURVE = {
     "class_path": "ClosedLoopEvaluation",
@@ -41,10 +43,6 @@ CURVE = {
 
 PRODUCT = {"train": "training.json", "evaluate": "result.json"}
 
-sys.path.insert(0, str(ROOT))
-
-from datamodules.recording import RecordingConfig, record  # noqa: E402
-
 
 def main() -> None:
     """Parse the command line."""
@@ -58,9 +56,14 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument(
-        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="dotted changes of every config"
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="train: dotted changes of every config",
     )
     options = parser.parse_args()
+    options.out = options.out.resolve()
     if options.command != "report":
         run(options)
     report(options.out)
@@ -78,9 +81,14 @@ def run(options: argparse.Namespace) -> None:
     for seed in options.seeds:
         for name in names:
             folder = options.out / name / f"seed_{seed}"
-            if not (folder / PRODUCT[options.command]).exists():
+            if (folder / PRODUCT[options.command]).exists():
+                continue
+            if options.command == "train":
                 write_config(TRIALS[name], seed, changes, folder, options.out)
-                folders.append((name, folder))
+            elif not (folder / PRODUCT["train"]).exists():
+                print(f"{name} seed_{seed}: not trained yet, nothing to evaluate")
+                continue
+            folders.append((name, folder))
     with ThreadPoolExecutor(options.jobs) as pool:
         done = pool.map(lambda job: run_one(options.command, *job), folders)
         failed = [name for name in done if name]

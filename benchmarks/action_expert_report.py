@@ -120,5 +120,6 @@ def by_chunk(results: Results, key: str, label: str) -> Figure:
         if places:
             averages = [mean(values[place]) for place in places]
             axes.plot(places, averages, marker="o", label=name.split("/")[1])
-    axes.legend(fontsize="small")
+    if axes.lines:
+        axes.legend(fontsize="small")
     return figure

@@ -90,9 +90,10 @@ def evaluate(name: str, folder: Path) -> None:
 
 
 def datamodule(folder: Path) -> RecordedSimulation:
-    """The run's data."""
-    data = yaml.safe_load((folder / "config.yaml").read_text())["data"]
-    module = RecordedSimulation(**data["init_args"])
+    """The run's data, below the folder of all results; recorded if it is not there."""
+    options = yaml.safe_load((folder / "config.yaml").read_text())["data"]["init_args"]
+    module = RecordedSimulation(**{**options, "root": str(folder.parents[2] / "data")})
+    module.prepare_data()
     module.setup("validate")
     return module
 
