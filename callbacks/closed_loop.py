@@ -198,7 +198,8 @@ def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, flo
     center = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
+    # Rounding must not push an end past the share itself where that is 0 or 1.
+    return min(p, max(0.0, (center - half) / scale)), max(p, min(1.0, (center + half) / scale))
 
 
 def _goal_visible_steps(trainer: pl.Trainer) -> Collection[int] | None:
