@@ -67,22 +67,23 @@ def machine() -> dict[str, Any]:
 def evaluate(name: str, folder: Path) -> None:
     """Success in closed loop, loss and state norm by chunk."""
     checkpoint, data = folder / "policy.ckpt", datamodule(folder)
-    policy = ActionExpertPolicy.from_checkpoint(checkpoint)
+    module = ActionExpertPolicy.from_checkpoint(checkpoint).module
     selection = {
-        execute: successes(checkpoint, data, execute, SELECTION_EPISODES, SELECTION_SEED)
+        execute: successes(module, data, execute, SELECTION_EPISODES, SELECTION_SEED)
         for execute in TRIALS[name].horizons
     }
     # The largest of equals: it asks the policy least often.
-    execute = max(selection, key=lambda n: (selection[n], n)) if selection else policy.execute
-    solved = successes(checkpoint, data, execute, TEST_EPISODES, TEST_SEED)
+    best = max(selection, key=lambda n: (selection[n], n), default=None)
+    execute = module.execution_horizon if best is None else best
+    solved = successes(module, data, execute, TEST_EPISODES, TEST_SEED)
     result = {
         "trial": name,
-        "parameters": sum(p.numel() for p in policy.module.parameters()),
+        "parameters": sum(p.numel() for p in module.parameters()),
         "selection": selection,
         "execute": execute,
         "success": solved / TEST_EPISODES,
         "interval": wilson_interval(solved, TEST_EPISODES),
-        **by_chunk(policy.module, data),
+        **by_chunk(module, data),
         **machine(),
         "training": json.loads((folder / "training.json").read_text()),
     }
@@ -99,10 +100,10 @@ def datamodule(folder: Path) -> RecordedSimulation:
 
 
 def successes(
-    checkpoint: Path, data: RecordedSimulation, execute: int, episodes: int, seed: int
+    module: ActionExpertModule, data: RecordedSimulation, execute: int, episodes: int, seed: int
 ) -> int:
     """How many episodes the policy solves."""
-    policy = ActionExpertPolicy.from_checkpoint(checkpoint, execute=execute, seed=seed)
+    policy = ActionExpertPolicy(module, execute=execute, seed=seed)
     policy.reset()
     result = rollout(
         data.simulation,

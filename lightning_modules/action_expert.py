@@ -21,10 +21,10 @@ from lightning_modules.models.flow_matching import (
     interpolate,
     sample_time,
 )
-from lightning_modules.policy import ActionExpertPolicy
+from lightning_modules.policy import STATE, ActionExpertPolicy
 from lightning_modules.streams import FastState
 
-STATE, ACTION = "observation.state", "action"
+ACTION = "action"
 CHECKPOINT_KEY = "action_expert"
 """Where a checkpoint holds what `ActionExpertModule.rebuild` needs beside the weights."""
 
@@ -53,8 +53,8 @@ class ActionExpertModule(AdapterModule):
             the data's stride must equal it.
         denoise_steps: Euler steps of the sampler.
         normalization: `z_score`, `quantile` (q01 and q99 to -1 and 1) or `none`.
-        compile_model: train through `torch.compile`: many times fewer kernels to launch, for a
-            minute of compilation at the start. Worth it on a GPU.
+        compile_model: train through `torch.compile`: fewer kernels to launch, for about a minute
+            of compilation at the start.
         schedule: learning rate over the run.
         groups: options of the parameter groups `base` (transformer), `adapter` (slow weights of
             TTT), `gate`, `fast` (learned initial fast weights and their step sizes).
