@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -33,7 +34,7 @@ CURVE = {
     "init_args": {
         "episodes": 50,
         "num_envs": 50,
-        "every_n_steps": 1000,
+        "every_n_steps": None,  # a fifth of the steps
         "at_start": False,
         "at_end": False,
         "seed": 2,
@@ -101,7 +102,8 @@ def write_config(trial: Trial, seed: int, changes: dict, folder: Path, out: Path
     config = yaml.safe_load((ROOT / "configs" / f"{trial.config}.yaml").read_text())
     wanted = ("ModelCheckpoint", "EMA", "Throughput")
     callbacks = config["trainer"]["callbacks"]
-    config["trainer"]["callbacks"] = [c for c in callbacks if c["class_path"] in wanted] + [CURVE]
+    config["trainer"]["callbacks"] = [c for c in callbacks if c["class_path"] in wanted]
+    config["trainer"]["callbacks"].append(deepcopy(CURVE))
     settings = {
         "seed_everything": seed,
         "trainer.enable_progress_bar": False,
@@ -115,6 +117,8 @@ def write_config(trial: Trial, seed: int, changes: dict, folder: Path, out: Path
     }
     for key, value in settings.items():
         set_value(config, key, value)
+    steps = config["trainer"]["max_steps"]
+    set_value(config["trainer"]["callbacks"][-1], "init_args.every_n_steps", max(1, steps // 5))
     data = config["data"]["init_args"]
     record(RecordingConfig(data["simulation"], data["episodes"]), data["root"])
     folder.mkdir(parents=True, exist_ok=True)

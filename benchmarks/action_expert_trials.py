@@ -42,8 +42,25 @@ TRIALS: dict[str, Trial] = {
     "maze/reset": Trial(
         MAZE, "goal in the first chunk, state reset", {"model.init_args.ttt_state": "reset"}
     ),
-    "maze/carry_k1": Trial(MAZE, "state carried, k = 1", {"data.init_args.tbptt": 1}),
-    "maze/carry_k4": Trial(MAZE, "state carried, k = 4", {"data.init_args.tbptt": 4}),
+    # As many chunks are seen as with k = 8: a step takes k of each row.
+    "maze/carry_k1": Trial(
+        MAZE,
+        "state carried, k = 1",
+        {
+            "data.init_args.tbptt": 1,
+            "trainer.max_steps": 40_000,
+            "trainer.val_check_interval": 8_000,
+        },
+    ),
+    "maze/carry_k4": Trial(
+        MAZE,
+        "state carried, k = 4",
+        {
+            "data.init_args.tbptt": 4,
+            "trainer.max_steps": 10_000,
+            "trainer.val_check_interval": 2_000,
+        },
+    ),
     "maze/carry_k8": Trial(MAZE, "state carried, k = 8"),
     "maze/write_all": Trial(MAZE, "all tokens write", {"model.init_args.ttt_write": "all"}),
     "maze/write_action": Trial(
