@@ -3,11 +3,13 @@
     python benchmarks/action_expert.py train    --out results --trials 'maze/*' --jobs 2
     python benchmarks/action_expert.py evaluate --out results --trials 'maze/*' --jobs 2
     python benchmarks/action_expert.py report   --out results
+    python benchmarks/action_expert.py draw     --out results
 
 `train` records the data (or reuses it) and leaves `TRIAL/seed_N/policy.ckpt` and `training.json`;
 called again it continues what was interrupted from its last checkpoint and skips what is complete.
 `evaluate` needs only these two and `config.yaml` (training may have happened on another machine),
-and leaves `result.json`. `report` writes `results.md` and the figures from whatever is complete.
+and leaves `result.json`. `report` writes `results.md` and the figures from whatever is complete,
+`draw` the paths and the animation of the maze with and without carried state.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
 from fnmatch import fnmatch
 from pathlib import Path
 
 import yaml
+from action_expert_demo import draw
 from action_expert_report import report
 from action_expert_trials import TRIALS, Trial
 
@@ -34,7 +36,6 @@ CURVE = {
     "init_args": {
         "episodes": 50,
         "num_envs": 50,
-        "every_n_steps": None,  # a fifth of the steps
         "at_start": False,
         "at_end": False,
         "seed": 2,
@@ -50,12 +51,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["train", "evaluate", "report"])
+    parser.add_argument("command", choices=["train", "evaluate", "report", "draw"])
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--trials", nargs="+", default=["*"], help="shell patterns of names")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument(
+        "--curve", type=int, default=5, help="train: evaluations in closed loop on the way"
+    )
     parser.add_argument(
         "--set",
         nargs="*",
@@ -65,6 +69,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     options.out = options.out.resolve()
+    if options.command == "draw":
+        return draw(options.out)
     if options.command != "report":
         run(options)
     report(options.out)
@@ -85,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
             if (folder / PRODUCT[options.command]).exists():
                 continue
             if options.command == "train":
-                write_config(TRIALS[name], seed, changes, folder, options.out)
+                write_config(TRIALS[name], seed, changes, options.curve, folder, options.out)
             elif not (folder / PRODUCT["train"]).exists():
                 print(f"{name} seed_{seed}: not trained yet, nothing to evaluate")
                 continue
@@ -97,13 +103,14 @@ def run(options: argparse.Namespace) -> None:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
 
-def write_config(trial: Trial, seed: int, changes: dict, folder: Path, out: Path) -> None:
+def write_config(
+    trial: Trial, seed: int, changes: dict, curve: int, folder: Path, out: Path
+) -> None:
     """The run's own config file, with an absolute data folder; records what it needs."""
     config = yaml.safe_load((ROOT / "configs" / f"{trial.config}.yaml").read_text())
     wanted = ("ModelCheckpoint", "EMA", "Throughput")
     callbacks = config["trainer"]["callbacks"]
     config["trainer"]["callbacks"] = [c for c in callbacks if c["class_path"] in wanted]
-    config["trainer"]["callbacks"].append(deepcopy(CURVE))
     settings = {
         "seed_everything": seed,
         "trainer.enable_progress_bar": False,
@@ -117,8 +124,9 @@ def write_config(trial: Trial, seed: int, changes: dict, folder: Path, out: Path
     }
     for key, value in settings.items():
         set_value(config, key, value)
-    steps = config["trainer"]["max_steps"]
-    set_value(config["trainer"]["callbacks"][-1], "init_args.every_n_steps", max(1, steps // 5))
+    if curve:
+        points = {**CURVE["init_args"], "every_n_steps": config["trainer"]["max_steps"] // curve}
+        config["trainer"]["callbacks"].append({**CURVE, "init_args": points})
     data = config["data"]["init_args"]
     record(RecordingConfig(data["simulation"], data["episodes"]), data["root"])
     folder.mkdir(parents=True, exist_ok=True)
