@@ -11,6 +11,9 @@ pytest.importorskip("gymnasium_robotics")
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "action_expert.py"
 SHORT = (
+    "--curve",
+    "1",
+    "--set",
     "trainer.max_steps=4",
     "trainer.val_check_interval=2",
     "trainer.log_every_n_steps=1",
@@ -33,10 +36,8 @@ def benchmark(command: str, out: Path, *options: str) -> str:
 @pytest.mark.slow
 def test_a_trial_is_trained_evaluated_and_reported_once(tmp_path: Path) -> None:
     assert "not trained yet" in benchmark("evaluate", tmp_path)
-    assert "train maze/carry_k4 seed_3: done" in benchmark(
-        "train", tmp_path, "--curve", "1", "--set", *SHORT
-    )
-    assert "done" not in benchmark("train", tmp_path, "--curve", "1", "--set", *SHORT)
+    assert "train maze/carry_k4 seed_3: done" in benchmark("train", tmp_path, *SHORT)
+    assert "done" not in benchmark("train", tmp_path, *SHORT)
     text = benchmark("evaluate", tmp_path)
     assert "| maze/carry_k4 | state carried, k = 4 |" in text
     result = json.loads((tmp_path / "maze" / "carry_k4" / "seed_3" / "result.json").read_text())
