@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import re
 from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -129,11 +131,24 @@ class AdapterModule(pl.LightningModule):
         return parameter.dim() > 1 and not re.search(r"norm|bias|\.b[12]$", name)
 
     def training_step(self, batch: list[Chunk], batch_idx: int) -> Tensor:
-        """Sum of the losses of the batch's chunks; one backward goes through all of them."""
-        losses = [self.chunk_loss(chunk, self.streams.begin(chunk), None) for chunk in batch]
+        """Sum of the losses of the batch's chunks; one backward goes through all of them.
+
+        Auxiliary losses that layers left in a chunk's `FastState` are added, and logged by name.
+        """
+        losses, auxiliary = [], defaultdict(list)
+        for chunk in batch:
+            handle = self.streams.begin(chunk)
+            losses.append(self.chunk_loss(chunk, handle, None))
+            for name, value in _named_losses(handle):
+                auxiliary[name].append(value)
         loss = torch.stack(losses)
         self.log("train/loss", loss.detach().mean(), batch_size=_rows(batch))
-        return loss.sum()
+        total = loss.sum()
+        for name, values in auxiliary.items():
+            value = torch.stack(values).sum()
+            self.log(f"train/{name}", value.detach() / len(batch), batch_size=_rows(batch))
+            total = total + value
+        return total
 
     def validation_step(self, batch: list[Chunk], batch_idx: int) -> None:
         """Mean loss, with noise that is the same in every validation run."""
@@ -207,6 +222,12 @@ class AdapterModule(pl.LightningModule):
         elif options.weight_decay is not None:
             group["weight_decay"] = options.weight_decay
         return group
+
+
+def _named_losses(handle: FastState) -> Iterator[tuple[str, Tensor]]:
+    """Auxiliary losses of all layers, one after the other, with their names."""
+    for losses in handle.losses.values():
+        yield from losses.items()
 
 
 def _rows(batch: list[Chunk]) -> int:

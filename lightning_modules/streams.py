@@ -106,6 +106,7 @@ class FastState:
     ) -> None:
         self.adapt = adapt
         self.published: Published = {}
+        self.losses: dict[str, dict[str, Tensor]] = {}
         self._incoming: Slots = incoming or {}
         self._outgoing: Slots = {}
         self._listening = frozenset(listening)
@@ -133,6 +134,14 @@ class FastState:
     def advance(self) -> FastState:
         """Handle on what comes next (a chunk, an Euler step): it reads what this one wrote."""
         return FastState(self.outgoing, adapt=self.adapt, listening=self._listening)
+
+    def add_loss(self, slot: str, **losses: Tensor) -> None:
+        """Leave weighted auxiliary losses (scalars of a router) for the training step.
+
+        Differentiable, unlike what is published. The last write wins, so that a layer recomputed
+        under activation checkpointing counts once.
+        """
+        self.losses.setdefault(slot, {}).update(losses)
 
     def listens(self, topic: str) -> bool:
         """Whether a monitor wants this topic: without one, statistics cost this one test."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,21 +15,23 @@ CONTEXT_KEYS = (
     "gate_attn",
     "residual",
     "write_mask",
+    "write_weight",
     "mask",
     "document_ids",
 )
 """Keywords that are meant for adapters; the base attention never sees them."""
 
 
-class BaseAttentionAdapter(nn.Module, ABC):
+class BaseAttentionAdapter(nn.Module):
     """Stands in the place of an attention module and completes its output.
 
     The forward call takes the keywords of the base and those of `CONTEXT_KEYS`, calls the base
     with its own, and returns `(adapt(attn_output, ...), *rest)`. Reading an attribute that the
     adapter does not have (`layer_idx`, `config`, `head_dim`, ...) reads it from the base.
 
-    A subclass implements `adapt`, which returns the **complete** attention output, gates applied.
-    Weights of a checkpoint of the base load under their old names.
+    A subclass implements `delta`, what it adds; `adapt` returns the **complete** attention output,
+    gates applied. An adapter that does not add (it replaces attention, or combines other adapters)
+    overrides `adapt` instead. Weights of a checkpoint of the base load under their old names.
 
     Attributes:
         slot: name of the layer in `FastState`: its module path, set by `inject_adapters`.
@@ -75,28 +76,56 @@ class BaseAttentionAdapter(nn.Module, ABC):
         """Call the base attention, with keywords only."""
         return self.base_attention(hidden_states=hidden_states, **kwargs)
 
-    @abstractmethod
     def adapt(
         self,
         attn_output: Tensor,
         hidden_states: Tensor,
         *,
-        adarms_cond: Tensor | None = None,
         gate_attn: Tensor | None = None,
         **context: Any,
     ) -> Tensor:
-        """The complete attention output.
+        """The complete attention output: `gate_attn * attn_output + delta`.
 
         Args:
             attn_output: output of the base attention, `[B, T, hidden]`, before any gate.
             hidden_states: input of attention, `[B, T, hidden]`.
-            adarms_cond: condition of adaptive norms and gates, as in `AdaptiveDecoderLayer`.
             gate_attn: gate of attention, broadcastable to `[B, T, hidden]`; None is 1.
             **context: further keywords of `CONTEXT_KEYS`.
 
         Returns:
-            `gate_attn * attn_output` plus what the adapter adds, `[B, T, hidden]`.
+            `[B, T, hidden]`.
         """
+        added = self.delta(attn_output, hidden_states, gate_attn=gate_attn, **context)
+        attention = gated(attn_output, gate_attn)
+        return attention if added is None else attention + added
+
+    def delta(
+        self,
+        attn_output: Tensor,
+        hidden_states: Tensor,
+        *,
+        gate_attn: Tensor | None = None,
+        **context: Any,
+    ) -> Tensor | None:
+        """What the adapter adds to gated attention, its own gate applied; arguments as `adapt`.
+
+        Returns:
+            `[B, T, hidden]`, or None for nothing.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say what it adds to attention: implement delta (or "
+            "adapt, for one that cannot be summed with others)"
+        )
+
+    @property
+    def replaces_attention(self) -> bool:
+        """Whether the output is something else than attention plus `delta`."""
+        return False
+
+    def detach_base(self) -> BaseAttentionAdapter:
+        """Give up the base attention: this adapter becomes a member of one that owns the base."""
+        del self._modules[BASE]
+        return self
 
 
 def gated(branch: Tensor, gate: Tensor | None) -> Tensor:
@@ -107,6 +136,8 @@ def gated(branch: Tensor, gate: Tensor | None) -> Tensor:
 def _accept_base_keys(adapter: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Give keys of the unwrapped attention (`q_proj.weight`) their name inside the adapter."""
     own = {*adapter._modules, *adapter._parameters, *adapter._buffers}
+    if BASE not in own:
+        return
     for key in [key for key in state_dict if key.startswith(prefix)]:
         name = key[len(prefix) :]
         if name.split(".", 1)[0] not in own:

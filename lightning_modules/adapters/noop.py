@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_modules.adapters.base import BaseAttentionAdapter, gated
+from lightning_modules.adapters.base import BaseAttentionAdapter
 from lightning_modules.adapters.registry import register_attention_adapter
 
 
@@ -28,14 +28,5 @@ class NoOpAttentionAdapter(BaseAttentionAdapter):
     def __init__(self, base_attention: nn.Module, config: NoOpConfig | None = None) -> None:
         super().__init__(base_attention)
 
-    def adapt(
-        self,
-        attn_output: Tensor,
-        hidden_states: Tensor,
-        *,
-        adarms_cond: Tensor | None = None,
-        gate_attn: Tensor | None = None,
-        **context: Any,
-    ) -> Tensor:
-        """`gate_attn * attn_output`."""
-        return gated(attn_output, gate_attn)
+    def delta(self, attn_output: Tensor, hidden_states: Tensor, **context: Any) -> None:
+        """Nothing."""

@@ -100,12 +100,36 @@ class TTTAttentionAdapter(BaseAttentionAdapter):
         With a key-value cache the base is called even then: models read their position from the
         length of the cache.
         """
-        replaced = self.adapter_config.ttt_mode == "replace_attn"
-        if replaced and kwargs.get("past_key_values") is None:
+        if self.replaces_attention and kwargs.get("past_key_values") is None:
             return None, None
         return super().attend(hidden_states, **kwargs)
 
+    @property
+    def replaces_attention(self) -> bool:
+        """Whether attention is left out."""
+        return self.adapter_config.ttt_mode == "replace_attn"
+
     def adapt(
+        self,
+        attn_output: Tensor | None,
+        hidden_states: Tensor,
+        *,
+        gate_attn: Tensor | None = None,
+        **context: Any,
+    ) -> Tensor:
+        """Complete attention output; see `BaseAttentionAdapter.adapt`.
+
+        Args:
+            attn_output: `[B, T, hidden]`, before its gate; not read by `replace_attn`.
+            hidden_states: normed input of attention, `[B, T, hidden]`.
+            gate_attn: gate of attention.
+            **context: as in `delta`.
+        """
+        if self.replaces_attention:
+            return self.delta(None, hidden_states, **context)
+        return super().adapt(attn_output, hidden_states, gate_attn=gate_attn, **context)
+
+    def delta(
         self,
         attn_output: Tensor | None,
         hidden_states: Tensor,
@@ -117,34 +141,28 @@ class TTTAttentionAdapter(BaseAttentionAdapter):
         fast_state: FastState | None = None,
         **tokens: Tensor | None,
     ) -> Tensor:
-        """Complete attention output; see `BaseAttentionAdapter.adapt`.
+        """`gate_ttt * ttt(norm(source))`; see `BaseAttentionAdapter.delta`.
 
         Args:
-            attn_output: `[B, T, hidden]`, before its gate; not read by `replace_attn`.
+            attn_output: `[B, T, hidden]`, before its gate; None if attention is replaced.
             hidden_states: normed input of attention, `[B, T, hidden]`.
             adarms_cond: condition, as in `AdaptiveDecoderLayer`.
             gate_attn: gate of attention.
             segments: as in `AdaptiveDecoderLayer`.
             residual: residual stream before attention, `[B, T, hidden]`.
             fast_state: handle on the carried state; None starts fresh and keeps nothing.
-            **tokens: `mask`, `write_mask` and `document_ids`, as in `TTTLayer`.
+            **tokens: `mask`, `write_mask`, `write_weight` and `document_ids`, as in `TTTLayer`.
         """
-        replaced = self.adapter_config.ttt_mode == "replace_attn"
-        attention = None if replaced else gated(attn_output, gate_attn)
+        attention = None if attn_output is None else gated(attn_output, gate_attn)
         source = self._source(attn_output, attention, hidden_states, residual)
         normed, norm_gate = self._normed(source, adarms_cond, segments)
         branch = self._learn(normed, fast_state, tokens)
         gate = self.ttt_gate(branch, adarms_cond, segments, norm_gate)
         added = gated(branch, gate)
         if fast_state is not None and fast_state.listens("gate"):
-            self._publish(
-                fast_state,
-                None if replaced else gate_attn,
-                gate,
-                residual,
-                {"attn": attention, "ttt": added},
-            )
-        return added if attention is None else attention + added
+            branches = {"attn": attention, "ttt": added}
+            self._publish(fast_state, gate_attn, gate, residual, branches)
+        return added
 
     def _source(
         self,

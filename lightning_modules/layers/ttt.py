@@ -141,6 +141,7 @@ class TTTLayer(nn.Module):
         *,
         mask: Tensor | None = None,
         write_mask: Tensor | None = None,
+        write_weight: Tensor | None = None,
         document_ids: Tensor | None = None,
         state: Any | None = None,
         fast_state: FastState | None = None,
@@ -153,6 +154,8 @@ class TTTLayer(nn.Module):
             x: `[B, T, hidden]`.
             mask: real tokens, bool `[B, T]`; the others write nothing and give 0.
             write_mask: tokens that may write, bool `[B, T]`; the others only read.
+            write_weight: factor of every token's inner step, `[B, T]`, e.g. of a router; 0 only
+                reads.
             document_ids: int64 `[B, T]`; every document starts from the initial weights.
             state: result of the call before; None starts fresh.
             fast_state: says whether to adapt and which statistics to publish. It is neither read
@@ -165,8 +168,13 @@ class TTTLayer(nn.Module):
         """
         if fast_state is not None and not fast_state.adapt:
             write_mask = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        if write_weight is not None:
+            allowed = write_weight > 0
+            write_mask = allowed if write_mask is None else write_mask & allowed
         q, k, v = self._heads(x, mask, document_ids, state)
         eta = self._eta(x, mask, write_mask, document_ids)
+        if write_weight is not None:
+            eta = eta * write_weight.unsqueeze(-1)
         o, next_state = self._learn(
             q,
             k,
