@@ -11,7 +11,6 @@ The gradient of a bias is `G_j`, which adds 1 to every `q_i . k_j`.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -90,7 +89,7 @@ def run_ttt(
     The other arguments and the results are those of the op. Autocast does not apply inside.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    with _no_autocast(q.device):
+    with torch.autocast(_autocast_device(q.device), enabled=False):
         gamma, beta = norm_weight.to(dtype), norm_bias.to(dtype)
         grid, progress = _plan(q, state, options)
         size = grid.size if grid is not None else options.mini_batch_size or q.shape[1]
@@ -224,11 +223,13 @@ def restarted(
     return [None if x is None else x.masked_fill(begins, 0) for x in changes]
 
 
-def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast off; nothing on devices that have none (meta)."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+def _autocast_device(device: torch.device) -> str:
+    """Device type whose autocast is switched off; meta has none.
+
+    A string, and the context manager written where it is used: older dynamo breaks the graph at
+    a function that returns one.
+    """
+    return "cpu" if device.type == "meta" else device.type
 
 
 def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
