@@ -1,0 +1,112 @@
+"""Fold adapters into the weights of the base, where that is exact, and take them out again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lightning_modules.adapters.base import BASE, BaseAttentionAdapter
+
+
+def merge_adapters(model: nn.Module) -> list[str]:
+    """Make the base compute what base and adapters compute together.
+
+    Exact for `noop` (there is nothing to do), composites of such, and peft's LoRA of linear
+    layers (`W + scaling B A`, by peft's own `merge`). Either everything is merged or nothing.
+
+    Args:
+        model: has attention adapters, layers with peft's LoRA, or both.
+
+    Returns:
+        The paths that were merged.
+
+    Raises:
+        ValueError: something cannot be merged exactly (the message says why), is merged already,
+            or there is nothing to merge.
+    """
+    sites, layers = _sites(model), _lora_layers(model)
+    everything = {**sites, **layers}
+    if not everything:
+        raise ValueError("nothing to merge: the model has neither adapters nor LoRA layers of peft")
+    for path, module in everything.items():
+        if module.merged:
+            raise ValueError(f"{path} is merged already: call unmerge_adapters first")
+    for path, module in everything.items():
+        obstacle = module.merge_obstacle() if path in sites else _peft_obstacle(module)
+        if obstacle is not None:
+            raise ValueError(f"{path} cannot be merged exactly: {obstacle}. Nothing was merged")
+    for site in sites.values():
+        site.merged = True
+    for layer in layers.values():
+        layer.merge()
+    return list(everything)
+
+
+def unmerge_adapters(model: nn.Module) -> list[str]:
+    """Undo `merge_adapters`: peft subtracts what it had added.
+
+    The weights are those of before up to rounding in their own dtype: about 1e-7 of the larger of
+    weight and update in float32, but 2^-8 (0.4 %) in bfloat16. Keep a copy of bfloat16 weights that
+    must come back exactly.
+
+    Returns:
+        The paths that were unmerged.
+
+    Raises:
+        ValueError: something is not merged; nothing is changed.
+    """
+    sites, layers = _sites(model), _lora_layers(model)
+    everything = {**sites, **layers}
+    for path, module in everything.items():
+        if not module.merged:
+            raise ValueError(f"{path} is not merged: call merge_adapters first")
+    if not everything:
+        raise ValueError("nothing to unmerge: the model has neither adapters nor LoRA layers")
+    for site in sites.values():
+        site.merged = False
+    for layer in layers.values():
+        layer.unmerge()
+    return list(everything)
+
+
+def _sites(model: nn.Module) -> dict[str, Any]:
+    """Adapters that own an attention module, by path."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, BaseAttentionAdapter) and BASE in module._modules
+    }
+
+
+def _lora_layers(model: nn.Module) -> dict[str, Any]:
+    """Layers into which peft has put an adapter that is active there, by path."""
+    from peft.tuners.tuners_utils import BaseTunerLayer  # slow to import, and seldom needed
+
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and _has_active(module)
+    }
+
+
+def _has_active(layer: Any) -> bool:
+    owned = [getattr(layer, name) for name in layer.adapter_layer_names]
+    return any(name in adapters for adapters in owned for name in layer.active_adapters)
+
+
+def _peft_obstacle(layer: Any) -> str | None:
+    """Why a layer of peft cannot be merged exactly; None if it can."""
+    from peft.tuners import lora
+
+    base = layer.get_base_layer()
+    if not isinstance(layer, lora.Linear) or not isinstance(base, nn.Linear):
+        return (
+            f"it is peft's {type(layer).__name__} of a {type(base).__name__}, and only LoRA of "
+            "nn.Linear is merged here: merge it by peft's own methods first"
+        )
+    if layer.disable_adapters:
+        return "peft's adapters are disabled there, so that merging would switch them on"
+    if base.bias is None and any(layer.lora_bias[name] for name in layer.active_adapters):
+        return "lora_bias needs a bias in the base layer, which has none"
+    return None
