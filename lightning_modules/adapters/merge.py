@@ -33,7 +33,8 @@ def merge_adapters(model: nn.Module) -> list[str]:
         if module.merged:
             raise ValueError(f"{path} is merged already: call unmerge_adapters first")
     for path, module in everything.items():
-        obstacle = module.merge_obstacle() if path in sites else _peft_obstacle(module)
+        site = path in sites
+        obstacle = module.merge_obstacle() if site else _peft_obstacle(module, model)
         if obstacle is not None:
             raise ValueError(f"{path} cannot be merged exactly: {obstacle}. Nothing was merged")
     for site in sites.values():
@@ -95,9 +96,10 @@ def _has_active(layer: Any) -> bool:
     return any(name in adapters for adapters in owned for name in layer.active_adapters)
 
 
-def _peft_obstacle(layer: Any) -> str | None:
+def _peft_obstacle(layer: Any, model: nn.Module) -> str | None:
     """Why a layer of peft cannot be merged exactly; None if it can."""
     from peft.tuners import lora
+    from peft.tuners.lora.variants import DoraLinearVariant
 
     base = layer.get_base_layer()
     if not isinstance(layer, lora.Linear) or not isinstance(base, nn.Linear):
@@ -105,8 +107,17 @@ def _peft_obstacle(layer: Any) -> str | None:
             f"it is peft's {type(layer).__name__} of a {type(base).__name__}, and only LoRA of "
             "nn.Linear is merged here: merge it by peft's own methods first"
         )
+    active = layer.active_adapters
+    variants = [layer.lora_variant[name] for name in active if name in layer.lora_variant]
+    other = [v for v in variants if not isinstance(v, DoraLinearVariant)]
+    if other:
+        return f"peft's {type(other[0]).__name__} is no fixed update of the weight"
     if layer.disable_adapters:
         return "peft's adapters are disabled there, so that merging would switch them on"
-    if base.bias is None and any(layer.lora_bias[name] for name in layer.active_adapters):
+    if base.bias is None and any(layer.lora_bias.get(name) for name in active):
         return "lora_bias needs a bias in the base layer, which has none"
+    owners = [m for m in model.modules() if any(p is base.weight for p in m._parameters.values())]
+    if len(owners) > 1:
+        names = ", ".join(type(owner).__name__ for owner in owners)
+        return f"its weight is shared ({names}), so that merging would change the others, too"
     return None
