@@ -111,7 +111,10 @@ def _peft_obstacle(layer: Any, model: nn.Module) -> str | None:
     variants = [layer.lora_variant[name] for name in active if name in layer.lora_variant]
     other = [v for v in variants if not isinstance(v, DoraLinearVariant)]
     if other:
-        return f"peft's {type(other[0]).__name__} is no fixed update of the weight"
+        return (
+            f"it has peft's {type(other[0]).__name__}, and only LoRA and DoRA are merged here: "
+            "merge it by peft's own methods first, if it can be"
+        )
     if layer.disable_adapters:
         return "peft's adapters are disabled there, so that merging would switch them on"
     if base.bias is None and any(layer.lora_bias.get(name) for name in active):
