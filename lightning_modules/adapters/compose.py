@@ -58,7 +58,7 @@ def _check_name(name: Any) -> None:
             f"{name!r} cannot name a member: use letters, digits and underscores, and start with "
             "a letter"
         )
-    if name == "self_attn" or hasattr(nn.ModuleDict, name):
+    if name == "self_attn" or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"{name!r} cannot name a member: a module has something of that name")
 
 

@@ -226,6 +226,7 @@ TYPO = {"low": {"adapter_typ": "lora"}}
         ("parallel", {"members": {"a/b": LORA}}, "'a/b' cannot name a member"),
         ("parallel", {"members": {"self_attn": LORA}}, "'self_attn' cannot name a member"),
         ("parallel", {"members": {"train": LORA}}, "'train' cannot name a member"),
+        ("parallel", {"members": {"training": LORA}}, "'training' cannot name a member"),
         ("parallel", {"members": {1: LORA}}, "1 cannot name a member"),
         ("parallel", {"members": {"a": REPLACE}}, "parallel: member 'a' replaces attention"),
         ("routed", {"members": {"b": LORA, "a": REPLACE}}, "routed: member 'a' replaces attention"),

@@ -143,14 +143,16 @@ def _two_chunks(kind: str, checkpointing: bool) -> tuple[dict[str, Tensor], list
         model.gradient_checkpointing_enable()
     calls: list[int] = []
     model.model.layers[1].self_attn.register_forward_hook(lambda *_: calls.append(1))
-    handle, losses, total = FastState.transient(), [], torch.zeros(())
+    handle, handles, losses, total = FastState.transient(), [], [], torch.zeros(())
     for tokens in (TOKENS, TOKENS.flip(1)):
         total = total + model(tokens, fast_state=handle, use_cache=False).logits.square().mean()
         losses.append({slot: dict(values) for slot, values in handle.losses.items()})
+        handles.append(handle)
         total = total + sum(loss for values in losses[-1].values() for loss in values.values())
         handle = handle.advance()
     total.backward()
     assert len(calls) == (4 if checkpointing else 2)
+    assert [h.losses for h in handles] == losses  # the recomputation left the same values
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, losses
 
 

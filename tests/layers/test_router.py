@@ -112,6 +112,13 @@ def test_balance_is_one_when_even_and_n_when_one_choice_takes_all() -> None:
     assert balance_loss(single).item() == pytest.approx(N)
 
 
+def test_the_load_has_no_gradient_also_where_it_is_the_mean_probability() -> None:
+    probabilities = _logits().softmax(-1).requires_grad_()
+    balance_loss(probabilities).backward()
+    expected = N * probabilities.detach().mean((0, 1)) / (B * T)
+    torch.testing.assert_close(probabilities.grad, expected.expand(B, T, N))
+
+
 @pytest.mark.parametrize("k", [None, 1])
 def test_descending_the_balance_loss_spreads_the_load(k: int | None) -> None:
     logits = torch.tensor([1.0, 0.0, 0.0]).repeat(1, 4, 1).requires_grad_()

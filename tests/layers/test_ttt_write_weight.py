@@ -12,6 +12,7 @@ VARIANTS = [
     {"causal": True, "mini_batch_size": 4},
     {"causal": True, "mini_batch_size": 3, "kind": "mlp"},
     {"mini_batch_size": 3},
+    {"eta_over_length": True},
     {},
 ]
 
