@@ -40,7 +40,8 @@ def router_logits(x: Tensor, router: nn.Linear) -> Tensor:
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     bias = None if router.bias is None else router.bias.to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    device = "cpu" if x.is_meta else x.device.type  # autocast knows no meta device
+    with torch.autocast(device, enabled=False):
         return F.linear(x.to(dtype), router.weight.to(dtype), bias)
 
 

@@ -164,6 +164,7 @@ def test_logits_are_float32_under_autocast_and_in_bfloat16() -> None:
     assert torch.equal(logits, router(x))
     assert router_logits(x.bfloat16(), router.bfloat16()).dtype == torch.float32
     assert router_logits(x.double(), router.double()).dtype == torch.float64
+    assert router_logits(x.double().to("meta"), router.to("meta")).shape == (B, T, N)
 
 
 def test_initial_probabilities_are_nearly_uniform_and_no_choice_is_left_out() -> None:
