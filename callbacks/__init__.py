@@ -1,5 +1,6 @@
 """Callbacks: stream state, monitors, evaluation in closed loop, averaged weights, predictions."""
 
+from callbacks.adapter_switch import AdapterByStage
 from callbacks.closed_loop import ClosedLoopEvaluation
 from callbacks.ema import EMA
 from callbacks.fast_weights import FastWeightMonitor
@@ -11,6 +12,7 @@ from callbacks.throughput import Throughput
 
 __all__ = [
     "EMA",
+    "AdapterByStage",
     "ClosedLoopEvaluation",
     "FastWeightMonitor",
     "FileBoundaryReset",

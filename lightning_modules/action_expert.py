@@ -10,10 +10,9 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from lightning_modules.adapters import TTTAdapterConfig, inject_adapters
+from lightning_modules.adapters import TTTAdapterConfig, as_config, inject_adapters
 from lightning_modules.base import AdapterModule, Chunk, ParameterGroup, Schedule
 from lightning_modules.layers.normalization import Normalizer
-from lightning_modules.layers.ttt import TTTConfig
 from lightning_modules.models.action_expert import ActionExpert, ExpertConfig, Writers
 from lightning_modules.models.flow_matching import (
     euler_sample,
@@ -281,9 +280,10 @@ class ActionExpertModule(AdapterModule):
         """
         stored = _stored(checkpoint)
         options = dict(stored["options"])
-        expert, ttt = ExpertConfig(**options.pop("expert")), options.pop("ttt")
+        expert = as_config(ExpertConfig, options.pop("expert"), "expert")
+        ttt = options.pop("ttt")
         if ttt is not None:
-            ttt = TTTAdapterConfig(**{**ttt, "layer": TTTConfig(**ttt["layer"])})
+            ttt = as_config(TTTAdapterConfig, ttt, "ttt")
         module = cls(_refuse_to_train, expert=expert, ttt=ttt, **options)
         module.build(stored["features"])
         module.load_state_dict(checkpoint["state_dict"])

@@ -218,7 +218,7 @@ class ActionExpertPolicy:
             states[rows.to(states.device)], fast_state, self._generator
         ).cpu()
         if self.module.streams.persistent:
-            self._slots = merge_rows(self._slots, rows, fast_state.outgoing)
+            self._slots = merge_rows(self._slots, rows, fast_state.outgoing, len(self._played))
         if self._queue is None:
             self._queue = torch.zeros(len(self._played), *chunk.shape[1:])
         self._queue[rows] = chunk

@@ -68,17 +68,29 @@ def select_rows(slots: Slots, rows: Tensor) -> Slots:
     return _map_fields(slots, lambda value: value.index_select(0, rows.to(value.device)))
 
 
-def merge_rows(slots: Slots, rows: Tensor, update: Slots) -> Slots:
-    """Replace the given rows (`[n]` int64) of every slot by `update`, whose slots have n rows."""
-    if not slots:
-        return update
-    return {
-        slot: {
-            name: value.index_copy(0, rows.to(value.device), update[slot][name])
+def merge_rows(slots: Slots, rows: Tensor, update: Slots, size: int | None = None) -> Slots:
+    """Replace the given rows (`[n]` int64) of every slot by `update`, whose slots have n rows.
+
+    Args:
+        slots: state of all rows.
+        rows: which rows.
+        update: their new state. A slot that only `update` has (of a layer that now wrote for the
+            first time) is fresh in the other rows.
+        size: number of all rows; None takes that of `slots`, or n where there are none.
+    """
+    if size is None:
+        known = [len(value) for fields in slots.values() for value in fields.values()]
+        size = known[0] if known else len(rows)
+    merged = dict(slots)
+    for slot, fields in update.items():
+        old = slots.get(slot, {})
+        merged[slot] = {
+            name: old.get(name, value.new_zeros(size, *value.shape[1:])).index_copy(
+                0, rows.to(value.device), value
+            )
             for name, value in fields.items()
         }
-        for slot, fields in slots.items()
-    }
+    return merged
 
 
 def _map_fields(slots: Slots, function: Any) -> Slots:

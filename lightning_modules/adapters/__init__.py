@@ -5,29 +5,62 @@ under `@register_attention_adapter("name")`, imported here.
 """
 
 from lightning_modules.adapters.base import BaseAttentionAdapter
+from lightning_modules.adapters.compose import (
+    CompositeAdapter,
+    CompositeConfig,
+    MemberSpec,
+    ParallelAdapter,
+    SeriesAdapter,
+)
 from lightning_modules.adapters.inject import (
     AdapterSpec,
     base_state_dict,
     inject_adapters,
     remove_adapters,
 )
+from lightning_modules.adapters.lora import LoRAAdapterConfig, LoRAAttentionAdapter
+from lightning_modules.adapters.merge import merge_adapters, unmerge_adapters
 from lightning_modules.adapters.noop import NoOpAttentionAdapter, NoOpConfig
 from lightning_modules.adapters.registry import (
+    as_config,
     create_attention_adapter,
     register_attention_adapter,
+)
+from lightning_modules.adapters.routed import RoutedAdapter, RoutedConfig
+from lightning_modules.adapters.switch import (
+    SwitchAdapter,
+    SwitchConfig,
+    active_adapter,
+    set_active,
 )
 from lightning_modules.adapters.ttt import TTTAdapterConfig, TTTAttentionAdapter
 
 __all__ = [
     "AdapterSpec",
     "BaseAttentionAdapter",
+    "CompositeAdapter",
+    "CompositeConfig",
+    "LoRAAdapterConfig",
+    "LoRAAttentionAdapter",
+    "MemberSpec",
     "NoOpAttentionAdapter",
     "NoOpConfig",
+    "ParallelAdapter",
+    "RoutedAdapter",
+    "RoutedConfig",
+    "SeriesAdapter",
+    "SwitchAdapter",
+    "SwitchConfig",
     "TTTAdapterConfig",
     "TTTAttentionAdapter",
+    "active_adapter",
+    "as_config",
     "base_state_dict",
     "create_attention_adapter",
     "inject_adapters",
+    "merge_adapters",
     "register_attention_adapter",
     "remove_adapters",
+    "set_active",
+    "unmerge_adapters",
 ]

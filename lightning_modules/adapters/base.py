@@ -36,6 +36,7 @@ class BaseAttentionAdapter(nn.Module):
     Attributes:
         slot: name of the layer in `FastState`: its module path, set by `inject_adapters`.
         applies_gates: tells the decoder layer not to apply the gate of attention again.
+        merged: whether `merge_adapters` has folded this site into the base.
 
     Args:
         base_attention: called with keywords, returns `(attn_output, attn_weights)`.
@@ -43,6 +44,7 @@ class BaseAttentionAdapter(nn.Module):
 
     slot: str = ""
     applies_gates: bool = True
+    merged: bool = False
 
     def __init__(self, base_attention: nn.Module) -> None:
         super().__init__()
@@ -73,7 +75,13 @@ class BaseAttentionAdapter(nn.Module):
         return self.adapt(attn_output, hidden_states, **context), *rest
 
     def attend(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Any, ...]:
-        """Call the base attention, with keywords only."""
+        """Call the base attention, with keywords only, unless it is replaced: `(None, None)`.
+
+        With a key-value cache the base is called even then: models read their position from the
+        length of the cache.
+        """
+        if self.replaces_attention and kwargs.get("past_key_values") is None:
+            return None, None
         return self.base_attention(hidden_states=hidden_states, **kwargs)
 
     def adapt(
@@ -119,8 +127,28 @@ class BaseAttentionAdapter(nn.Module):
 
     @property
     def replaces_attention(self) -> bool:
-        """Whether the output is something else than attention plus `delta`."""
+        """Whether the output does not depend on attention, which then need not run."""
         return False
+
+    def reset_parameters(self) -> None:
+        """Initialise what the adapter adds; the base stays as it is."""
+
+    def own_slot(self) -> str:
+        """`slot`, for an adapter that carries state, or leaves losses or statistics.
+
+        Raises:
+            ValueError: no slot is set.
+        """
+        if not self.slot:
+            raise ValueError(
+                "the adapter has no slot for its state: use inject_adapters, or set adapter.slot "
+                "to a name that no other layer has"
+            )
+        return self.slot
+
+    def merge_obstacle(self) -> str | None:
+        """Why this cannot be folded exactly into the weights of the base; None if it can."""
+        return f"{type(self).__name__} does not say that it can be merged exactly"
 
     def detach_base(self) -> BaseAttentionAdapter:
         """Give up the base attention: this adapter becomes a member of one that owns the base."""

@@ -30,3 +30,6 @@ class NoOpAttentionAdapter(BaseAttentionAdapter):
 
     def delta(self, attn_output: Tensor, hidden_states: Tensor, **context: Any) -> None:
         """Nothing."""
+
+    def merge_obstacle(self) -> None:
+        """There is nothing to merge."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
@@ -12,6 +12,7 @@ from torch import nn
 from lightning_modules.adapters.base import BaseAttentionAdapter
 
 AdapterClass = TypeVar("AdapterClass", bound=type[BaseAttentionAdapter])
+ConfigT = TypeVar("ConfigT")
 
 
 class _Entry(NamedTuple):
@@ -67,10 +68,22 @@ def create_attention_adapter(
         known = ", ".join(sorted(_ADAPTERS))
         raise ValueError(f"unknown adapter type {adapter_type!r}; known types are {known}")
     adapter_class, config_class = _ADAPTERS[adapter_type]
-    return adapter_class(base_attention, _as_config(config_class, adapter_config, adapter_type))
+    return adapter_class(base_attention, as_config(config_class, adapter_config, adapter_type))
 
 
-def _as_config(config_class: type, options: Any, where: str) -> Any:
+def as_config(config_class: type[ConfigT], options: Any, where: str) -> ConfigT:
+    """Options as a dataclass.
+
+    Args:
+        config_class: the dataclass.
+        options: a mapping (nested where the dataclass is), e.g. of a yaml or a checkpoint; the
+            dataclass itself; or None for the defaults.
+        where: what the options belong to, for messages.
+
+    Raises:
+        ValueError: an option that is unknown (the closest known one is named) or missing, or
+            options of another kind.
+    """
     if isinstance(options, config_class):
         return options
     if options is None:
@@ -83,7 +96,7 @@ def _as_config(config_class: type, options: Any, where: str) -> Any:
     _check_names(config_class, options, where)
     types = get_type_hints(config_class)
     values = {
-        name: _as_config(types[name], value, f"{where}.{name}")
+        name: as_config(types[name], value, f"{where}.{name}")
         if is_dataclass(types[name])
         else value
         for name, value in options.items()
@@ -92,11 +105,15 @@ def _as_config(config_class: type, options: Any, where: str) -> Any:
 
 
 def _check_names(config_class: type, options: Mapping[str, Any], where: str) -> None:
-    known = [field.name for field in fields(config_class)]
+    known = {field.name: field for field in fields(config_class)}
     for name in options:
         if name not in known:
-            close = get_close_matches(name, known, n=1, cutoff=0.0)
+            close = get_close_matches(str(name), known, n=1, cutoff=0.0)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise ValueError(
                 f"{where}: unknown option {name!r}; {hint}Options are {', '.join(known) or 'none'}"
             )
+    for name, field in known.items():
+        has_default = field.default is not MISSING or field.default_factory is not MISSING
+        if name not in options and not has_default:
+            raise ValueError(f"{where}: the option {name!r} is missing")

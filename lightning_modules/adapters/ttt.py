@@ -94,20 +94,17 @@ class TTTAttentionAdapter(BaseAttentionAdapter):
             if module is not None:
                 module.reset_parameters()
 
-    def attend(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Any, ...]:
-        """Call the base, unless it is replaced.
-
-        With a key-value cache the base is called even then: models read their position from the
-        length of the cache.
-        """
-        if self.replaces_attention and kwargs.get("past_key_values") is None:
-            return None, None
-        return super().attend(hidden_states, **kwargs)
-
     @property
     def replaces_attention(self) -> bool:
         """Whether attention is left out."""
         return self.adapter_config.ttt_mode == "replace_attn"
+
+    def merge_obstacle(self) -> str:
+        """TTT is no fixed linear map."""
+        return (
+            "the weights of TTT depend on the data it has read, so that no fixed weights of the "
+            "base compute the same"
+        )
 
     def adapt(
         self,
@@ -200,14 +197,10 @@ class TTTAttentionAdapter(BaseAttentionAdapter):
         """TTT, from the carried state to the next one."""
         if fast_state is None:
             return self.ttt(x, **tokens)[0]
-        if not self.slot:
-            raise ValueError(
-                "the adapter has no slot for its state: use inject_adapters, or set adapter.slot "
-                "to a name that no other layer has"
-            )
-        state = fast_state.read(self.slot, self.ttt.state_class)
-        out, state = self.ttt(x, state=state, fast_state=fast_state, slot=self.slot, **tokens)
-        fast_state.write(self.slot, state)
+        slot = self.own_slot()
+        state = fast_state.read(slot, self.ttt.state_class)
+        out, state = self.ttt(x, state=state, fast_state=fast_state, slot=slot, **tokens)
+        fast_state.write(slot, state)
         return out
 
     def _publish(

@@ -1,6 +1,6 @@
 """Adapters by name, options from dictionaries, the no-op adapter and what all adapters forward."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from lightning_modules.adapters import (
     NoOpAttentionAdapter,
     TTTAdapterConfig,
     TTTAttentionAdapter,
+    as_config,
     create_attention_adapter,
     register_attention_adapter,
 )
@@ -59,6 +60,14 @@ def test_no_options_are_the_defaults() -> None:
 def test_wrong_options_name_the_right_ones(adapter_type: str, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create_attention_adapter(_attention(), adapter_type, options)
+
+
+def test_options_of_a_checkpoint_make_the_dataclass_again() -> None:
+    config = TTTAdapterConfig(ttt_gate="none", layer=TTTConfig(kind="mlp", num_heads=4))
+    assert as_config(TTTAdapterConfig, asdict(config), "ttt") == config
+    assert as_config(TTTAdapterConfig, config, "ttt") is config
+    with pytest.raises(ValueError, match=r"stored\.layer: unknown option 'heads'; did you mean"):
+        as_config(TTTAdapterConfig, {"layer": {"heads": 2}}, "stored")
 
 
 def test_a_new_adapter_is_one_class_and_its_options() -> None:

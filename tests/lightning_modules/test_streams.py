@@ -347,3 +347,14 @@ def test_rows_are_selected_merged_and_reset_by_number() -> None:
     assert merged["a"]["dw"].tolist() == [[-0.0, -1.0], [2.0, 3.0], [-4.0, -5.0]]
     assert reset_rows(slots, torch.tensor([False, True, False]))["a"]["dw"][1].tolist() == [0, 0]
     assert slots["a"]["dw"].tolist() == torch.arange(6.0).view(3, 2).tolist()
+
+
+def test_slots_that_appear_later_are_fresh_in_the_rows_that_were_not_there() -> None:
+    slots = {"a": {"dw": torch.ones(3, 2)}}
+    update = {"a": {"dw": torch.zeros(1, 2)}, "b": {"dw": torch.full((1, 4), 7.0)}}
+    merged = merge_rows(slots, torch.tensor([1]), update)
+    assert merged["a"]["dw"].tolist() == [[1, 1], [0, 0], [1, 1]]
+    assert merged["b"]["dw"].tolist() == [[0] * 4, [7] * 4, [0] * 4]
+    first = merge_rows({}, torch.tensor([1]), {"b": update["b"]}, size=3)
+    assert first["b"]["dw"].tolist() == merged["b"]["dw"].tolist()
+    assert merge_rows(merged, torch.tensor([0]), {"a": {"dw": torch.zeros(1, 2)}})["b"].keys()
