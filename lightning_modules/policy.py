@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_modules.models.backbone import STATE
 from lightning_modules.streams import FastState, Slots, merge_rows, reset_rows, select_rows
 
 if TYPE_CHECKING:
     from lightning_modules.action_expert import ActionExpertModule
 
-STATE = "observation.state"
 ROUNDING = 1e-5
 """By how much recorded float32 actions may stand beyond the range that they were clipped to."""
 
