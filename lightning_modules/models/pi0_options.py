@@ -156,6 +156,8 @@ def _pretrained_config(pretrained: str) -> PI0Config:
 
     try:
         stored, _ = PI0Config.get_config_dict(pretrained)
+        if not stored:
+            raise OSError("the folder has none")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"pi0.pretrained={pretrained!r} has no readable config.json ({_first_line(error)}): "
