@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 import torch
 from camera_folder import CAMERA, write_camera_folder
-from pi0_cases import CONFIG, FEATURES, STRIDE, TASKS, TOP, WRIST, make_pi0, save_official
-from toy_streams import same
-from transformers import PI0ForConditionalGeneration
+from pi0_cases import CONFIG, STRIDE, TASKS, TOP, WRIST, make_pi0, save_official
 
 from callbacks import EMA, FileBoundaryReset, GateMonitor
 from datamodules.action_chunks import ActionChunkDataModule
@@ -202,7 +200,8 @@ def test_a_fit_on_pictures_with_carried_state_ema_and_bfloat16(tmp_path: Path) -
     path = tmp_path / "last.ckpt"
     trainer.save_checkpoint(path)
     policy = ActionExpertPolicy.from_checkpoint(path)
-    assert same(dict(policy.module.state_dict()), dict(module.state_dict()))
+    rebuilt = policy.module.state_dict()
+    assert all(torch.equal(rebuilt[name], value) for name, value in module.state_dict().items())
     policy.reset()
     chunk = next(iter(data.val_dataloader()))[0]
     seen = {"observation.state": chunk["observation.state"], CAMERA: chunk[CAMERA]}
@@ -272,22 +271,3 @@ def test_wrong_data_is_refused_before_anything_is_written(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="chunks of 6 actions .* horizon is 5"):
         fit(module, data, tmp_path / "run", max_steps=1)
     assert not (tmp_path / "run").exists()
-
-
-def test_sizes_of_the_official_model() -> None:
-    with torch.device("meta"):
-        module = ActionExpertModule(
-            torch.optim.AdamW,
-            backbone="pi0",
-            pi0=PI0Options(config={}),
-            ttt=TTTAdapterConfig(ttt_input_norm="none", layer=TTTConfig(num_heads=8)),
-            execution_horizon=50,
-            normalization="none",
-        )
-        module.build({**FEATURES, "horizon": 50})
-    names = dict(module.named_parameters())
-    ttt = [p.numel() for name, p in names.items() if ".layers.3.self_attn.ttt" in name]
-    assert sum(ttt) == 4_339_720
-    dit = [p.numel() for name, p in names.items() if ".dit." in name and ".ttt" not in name]
-    assert sum(dit) == 311_464_960
-    assert isinstance(module.model.pi0, PI0ForConditionalGeneration)
