@@ -305,7 +305,7 @@ class ActionExpertModule(AdapterModule):
         if self.model is None:
             self.build(stored)
         self._put_back(checkpoint)
-        for key in ("state_dim", "action_dim", "horizon", "delta_actions"):
+        for key in ("state_dim", "action_dim", "horizon", "image_keys", "delta_actions"):
             if stored[key] != self.features[key]:
                 raise ValueError(
                     f"the checkpoint was trained with {key}={stored[key]}, the data has "
@@ -326,20 +326,24 @@ class ActionExpertModule(AdapterModule):
                 checkpoint["state_dict"].setdefault(f"model.{name}", parameter.detach())
 
     @classmethod
-    def rebuild(cls, checkpoint: Mapping[str, Any]) -> ActionExpertModule:
+    def rebuild(
+        cls, checkpoint: Mapping[str, Any], pretrained: str | None = None
+    ) -> ActionExpertModule:
         """The module of a checkpoint, for inference: in eval mode, with its weights.
 
         The weights are those under `state_dict`, which are the averages where EMA ran.
 
         Args:
             checkpoint: content of the file.
+            pretrained: where the pretrained weights lie now, if they have moved since training.
 
         Raises:
-            ValueError: it is not the checkpoint of an action expert.
+            ValueError: it is not the checkpoint of an action expert, or its pretrained weights
+                are not there.
             KeyError: it lacks a statistic that normalisation needs.
         """
         stored = _stored(checkpoint)
-        options = restore_backbone(stored["options"])
+        options = restore_backbone(stored["options"], pretrained)
         ttt = options["ttt"]
         if ttt is not None:
             options["ttt"] = TTTAdapterConfig(**{**ttt, "layer": TTTConfig(**ttt["layer"])})

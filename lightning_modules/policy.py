@@ -67,8 +67,11 @@ class ActionExpertPolicy:
         device: torch.device | str = "cpu",
         execute: int | None = None,
         seed: int = 0,
+        pretrained: str | None = None,
     ) -> ActionExpertPolicy:
         """The policy of a checkpoint that training wrote; nothing else is needed.
+
+        Except that frozen weights of a pretrained model are loaded from where they came from.
 
         Where the EMA callback averaged the weights, the averages act, as they did in closed-loop
         evaluation.
@@ -79,6 +82,8 @@ class ActionExpertPolicy:
             execute: actions played per sampled chunk; None takes the module's
                 `execution_horizon`.
             seed: of the noise from which actions are sampled.
+            pretrained: where the frozen weights of a pretrained model lie now (a hub id or a
+                folder), if they have moved since training.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -87,7 +92,7 @@ class ActionExpertPolicy:
         """
         from lightning_modules.action_expert import ActionExpertModule  # which imports this file
 
-        module = ActionExpertModule.rebuild(_read(Path(path)))
+        module = ActionExpertModule.rebuild(_read(Path(path)), pretrained)
         return cls(module.to(device), execute=execute, seed=seed)
 
     def reset(self, rows: Values | None = None) -> None:

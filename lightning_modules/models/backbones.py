@@ -50,11 +50,24 @@ def store_backbone(options: BackboneOptions) -> dict[str, Any]:
     raise ValueError(f"{type(options).__name__} are not the options of a known backbone")
 
 
-def restore_backbone(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Inverse of `store_backbone`; further arguments stay. Older checkpoints name no backbone."""
+def restore_backbone(stored: Mapping[str, Any], pretrained: str | None = None) -> dict[str, Any]:
+    """Inverse of `store_backbone`; further arguments stay. Older checkpoints name no backbone.
+
+    Args:
+        stored: arguments of `ActionExpertModule`.
+        pretrained: takes the place of the stored `pretrained`.
+
+    Raises:
+        ValueError: `pretrained` for a model that was trained from scratch.
+    """
     arguments = {"backbone": "state", **stored}
     argument, options = _BACKBONES[arguments["backbone"]]
-    arguments[argument] = options.restore(arguments[argument])
+    values = dict(arguments[argument])
+    if pretrained is not None:
+        if values.get("pretrained") is None:
+            raise ValueError("pretrained was given, but the checkpoint has all of its weights")
+        values["pretrained"] = pretrained
+    arguments[argument] = options.restore(values)
     return arguments
 
 

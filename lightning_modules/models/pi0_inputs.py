@@ -164,7 +164,8 @@ class PI0Inputs(nn.Module):
         if pictures.is_floating_point():
             pictures = (pictures * 255).round().clamp(0, 255).to(torch.uint8)
         processor = self.processor.image_processor
-        pictures = pictures.cpu() if processor.backend == "pil" else pictures
+        on_host = processor.backend == "pil"
+        pictures = pictures.cpu() if on_host else pictures.to(self.prompts.device)
         return processor(list(pictures), return_tensors="pt")["pixel_values"]
 
     def _instructions(self, task: Any, rows: int) -> tuple[Tensor, Tensor]:
@@ -219,11 +220,11 @@ def _image_processor(vision: Any) -> Any:
         from transformers import PI0ImageProcessor
 
         return PI0ImageProcessor(**settings)
-    except (ImportError, RuntimeError):  # not installed, or built for another torch
+    except ImportError:  # no torchvision
         if torch.cuda.is_available():
             warnings.warn(
-                "torchvision is missing or does not fit this torch, so pictures are resized on "
-                "the CPU, which is slow: pip install '.[pi0]'",
+                "torchvision is not installed, so pictures are resized on the CPU, which is slow: "
+                "pip install '.[pi0]'",
                 stacklevel=2,
             )
         return PillowImageProcessor(**settings)

@@ -122,8 +122,15 @@ class PI0Options:
         Raises:
             ValueError: the data does not fit, or `processor` lacks something.
         """
-        from lightning_modules.models.pi0_inputs import load_processor
-
+        try:
+            from lightning_modules.models.pi0_inputs import load_processor
+        except (
+            RuntimeError
+        ) as error:  # transformers imports torchvision, which asks for its kernels
+            raise ValueError(
+                f"transformers cannot be imported ({_first_line(error)}); if that is torchvision, "
+                "it was built for another torch: install the build that fits, or uninstall it"
+            ) from error
         config = self.read_config()
         _check_sizes(config, features)
         if not features["image_keys"]:
