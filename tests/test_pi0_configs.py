@@ -1,4 +1,4 @@
-"""The yamles of pi0: the tiny one and its overlays are run, the large one is built on meta."""
+"""The yaml files of pi0: the tiny one and its overlays are run, the large one is built on meta."""
 
 import math
 from pathlib import Path

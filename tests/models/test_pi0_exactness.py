@@ -204,3 +204,17 @@ def test_what_follows_the_instruction_as_padding_has_no_influence() -> None:
     with torch.no_grad():  # the embedding of padding
         module.model.pi0.model.vlm.get_input_embeddings().weight[0] += 100.0
     torch.testing.assert_close(module.model(module.model.observe(chunk), noise, time), first)
+
+
+def test_carry_denoise_carries_across_euler_steps_over_one_prefix() -> None:
+    reset, carried = (
+        make_pi0(module={"ttt_state": state}).eval() for state in ("reset", "carry_denoise")
+    )
+
+    def sampled(module: ActionExpertModule) -> Tensor:
+        return module.sample_actions(make_chunk(), None, torch.Generator().manual_seed(5))
+
+    assert not torch.allclose(sampled(reset), sampled(carried))
+    for module in (reset, carried):
+        module.denoise_steps = 1
+    assert torch.equal(sampled(reset), sampled(carried))
