@@ -99,8 +99,9 @@ class ActionChunkDataModule(StreamDataModule):
         """What a policy must know of the data: plain values, stored in its checkpoints.
 
         `state_dim`, `action_dim`, `horizon`, `stride` (None in `shuffled` mode), `image_keys`,
-        `delta_actions`, `action_range` (lowest and highest recorded action, `[2][D]`) and
-        `action_bounds` (those of the simulation that was recorded; None where it is not known).
+        `tasks` (task index -> instruction), `delta_actions`, `action_range` (lowest and highest
+        recorded action, `[2][D]`) and `action_bounds` (those of the simulation that was recorded;
+        None where it is not known).
         """
         bounds = None if self.simulation is None else self.simulation.action_bounds
         return {
@@ -109,6 +110,7 @@ class ActionChunkDataModule(StreamDataModule):
             "horizon": self.chunks.horizon,
             "stride": self.chunks.stride if self.chunks.mode == "stream" else None,
             "image_keys": list(self.chunks.image_keys),
+            "tasks": self.dataset.tasks,
             "delta_actions": list(self.chunks.delta_actions),
             "action_range": self._action_range(),
             "action_bounds": bounds and [bound.tolist() for bound in bounds],

@@ -83,8 +83,8 @@ class LeRobotDataset:
 
     @cached_property
     def tasks(self) -> dict[int, str]:
-        """Instruction of every task index."""
-        return read_tasks(self.root)
+        """Instruction of every task index; empty if the folder has none."""
+        return read_tasks(self.root) if (self.root / TASKS_PATH).is_file() else {}
 
     @property
     def image_keys(self) -> list[str]:

@@ -9,18 +9,27 @@ from typing import Any, Literal, NoReturn
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_modules.adapters import TTTAdapterConfig, as_config, inject_adapters
 from lightning_modules.base import AdapterModule, Chunk, ParameterGroup, Schedule
 from lightning_modules.layers.normalization import Normalizer
-from lightning_modules.models.action_expert import ActionExpert, ExpertConfig, Writers
+from lightning_modules.models.action_expert import ExpertConfig
+from lightning_modules.models.backbone import STATE, Backbone, Writers
+from lightning_modules.models.backbones import (
+    choose_backbone,
+    layer_positions,
+    restore_backbone,
+    store_backbone,
+)
 from lightning_modules.models.flow_matching import (
     euler_sample,
     flow_matching_loss,
     interpolate,
     sample_time,
 )
-from lightning_modules.policy import STATE, ActionExpertPolicy
+from lightning_modules.models.pi0_options import PI0Options
+from lightning_modules.policy import ActionExpertPolicy
 from lightning_modules.streams import FastState
 
 ACTION = "action"
@@ -40,7 +49,10 @@ class ActionExpertModule(AdapterModule):
 
     Args:
         optimizer: e.g. `{class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}`.
-        expert: size of the transformer.
+        backbone: `state` trains a small transformer over the state vector from scratch, `pi0` goes
+            on from a pretrained vision-language-action model.
+        expert: size of the transformer of `state`.
+        pi0: which model `pi0` loads, and what of it is trained.
         ttt: the TTT adapter; None trains the control without TTT.
         ttt_layer_positions: layers with TTT: "all" or a list of indices; None means none.
         ttt_write: tokens that update the fast weights; None takes `observation` when the state is
@@ -53,19 +65,22 @@ class ActionExpertModule(AdapterModule):
         denoise_steps: Euler steps of the sampler.
         normalization: `z_score`, `quantile` (q01 and q99 to -1 and 1) or `none`.
         compile_model: train through `torch.compile`: fewer kernels to launch, for about a minute
-            of compilation at the start.
+            of compilation at the start. Only for `state`.
         schedule: learning rate over the run.
         groups: options of the parameter groups `base` (transformer), `adapter` (slow weights of
-            TTT), `gate`, `fast` (learned initial fast weights and their step sizes).
+            TTT, LoRA), `gate`, `fast` (learned initial fast weights and their step sizes).
 
     Raises:
-        ValueError: TTT layers out of range or without `ttt`, or data that does not fit.
+        ValueError: options of another backbone, TTT layers out of range, or data that does not
+            fit.
     """
 
     def __init__(
         self,
         optimizer: OptimizerCallable,
+        backbone: Literal["state", "pi0"] = "state",
         expert: ExpertConfig | None = None,
+        pi0: PI0Options | None = None,
         ttt: TTTAdapterConfig | None = None,
         ttt_layer_positions: Literal["all"] | list[int] | None = "all",
         ttt_write: Writers | None = None,
@@ -78,9 +93,9 @@ class ActionExpertModule(AdapterModule):
         groups: dict[str, ParameterGroup] | None = None,
     ) -> None:
         super().__init__(optimizer, schedule, groups, persistent=ttt_state == "carry_episode")
-        self.expert = expert or ExpertConfig()
+        self.backbone_options = choose_backbone(backbone, expert=expert, pi0=pi0)
         self.ttt = ttt
-        self.ttt_layers = _layer_positions(ttt, ttt_layer_positions, self.expert.num_layers)
+        self.ttt_layer_positions = ttt_layer_positions
         self.ttt_state = ttt_state
         self.ttt_write = ttt_write or ("observation" if ttt_state == "carry_episode" else "all")
         self.execution_horizon = execution_horizon
@@ -88,7 +103,15 @@ class ActionExpertModule(AdapterModule):
         self.normalization = normalization
         self.compile_model = compile_model
         self.features: dict[str, Any] = {}
-        self.model: ActionExpert | None = None
+        self.model: Backbone | None = None
+        if compile_model and backbone != "state":
+            raise ValueError("compile_model=true is for backbone: state; set it to false")
+
+    def prepare_data(self) -> None:
+        """Compare the options with the data before anything is written."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if hasattr(datamodule, "features"):
+            self._check(datamodule.features)
 
     def configure_model(self) -> None:
         """Build the model for the DataModule's features, unless a checkpoint does so."""
@@ -109,23 +132,26 @@ class ActionExpertModule(AdapterModule):
 
         Args:
             features: `state_dim`, `action_dim`, `horizon`, `stride` (None without streams),
-                `image_keys`, `delta_actions`, `action_range` and `action_bounds` (which only a
-                policy's `check` reads), as `ActionChunkDataModule.features` gives them.
+                `image_keys`, `tasks` (where there are cameras), `delta_actions`, `action_range` and
+                `action_bounds` (which only a policy's `check` reads), as
+                `ActionChunkDataModule.features` gives them.
             statistics: feature -> statistic -> values of the training data; None leaves them to
                 the checkpoint that is loaded next.
         """
-        self._check(features)
+        layers = self._check(features)
         self.features = dict(features)
         self.normalizer = Normalizer(statistics, self.normalization)
-        self.model = ActionExpert(self.expert, features["state_dim"], features["action_dim"])
-        if self.ttt is not None and self.ttt_layers:
+        self.model = self.backbone_options.build(features)
+        if self.ttt is not None and layers:
             config = replace(self.ttt, cond_size=self.model.cond_size)
-            plan = [(f"layers.{index}.self_attn", "ttt", config) for index in self.ttt_layers]
-            inject_adapters(self.model, plan)
+            plan = [(f"layers.{index}.self_attn", "ttt", config) for index in layers]
+            inject_adapters(self.model.decoder, plan)
+        self.model.complete()
         if self.compile_model:
             self.model.compile()
 
-    def _check(self, features: Mapping[str, Any]) -> None:
+    def _check(self, features: Mapping[str, Any]) -> tuple[int, ...]:
+        """Make sure that options and data fit; returns the layers that get TTT."""
         horizon, stride = features["horizon"], features["stride"]
         if self.execution_horizon > horizon:
             raise ValueError(
@@ -137,41 +163,48 @@ class ActionExpertModule(AdapterModule):
                 f"(execution_horizon), but the data's stride is {stride}: set the DataModule's "
                 f"mode to stream and its stride to {self.execution_horizon}"
             )
-        if features["image_keys"]:
-            raise ValueError(
-                "this expert sees the state vector only; remove "
-                f"image_keys={features['image_keys']}"
-            )
+        self.backbone_options.check(features)
+        positions = None if self.ttt is None else self.ttt_layer_positions
+        return layer_positions(positions, self.backbone_options)
 
     def chunk_loss(
         self, chunk: Chunk, fast_state: FastState, generator: torch.Generator | None
     ) -> Tensor:
         """Flow-matching loss over the valid entries of a chunk; see `AdapterModule.chunk_loss`."""
         assert self.model is not None
-        state = self.normalizer.normalize(STATE, chunk[STATE])
+        observed = self._observe(chunk)
         actions = self.normalizer.normalize(ACTION, chunk[ACTION])
+        action_dim = actions.shape[-1]
+        actions = F.pad(actions, (0, self.model.action_size - action_dim))
         noise = torch.randn(
             actions.shape, dtype=actions.dtype, device=actions.device, generator=generator
         )
         time = sample_time(actions.shape[:1], generator=generator, device=actions.device)
         noisy, target = interpolate(actions, noise, time)
-        velocity = self.model(state, noisy, time, fast_state=fast_state, write=self.ttt_write)
-        loss, per_row = flow_matching_loss(velocity, target, chunk["action_is_pad"])
+        velocity = self.model(observed, noisy, time, fast_state=fast_state, write=self.ttt_write)
+        loss, per_row = flow_matching_loss(velocity, target, chunk["action_is_pad"], action_dim)
         if fast_state.listens("loss"):
             fast_state.publish("loss", "model", per_row=per_row)
         return loss
 
+    def _observe(self, observation: Mapping[str, Any]) -> Any:
+        """What the backbone needs of an observation, for training and for all Euler steps."""
+        assert self.model is not None
+        state = self.normalizer.normalize(STATE, observation[STATE])
+        return self.model.observe({**observation, STATE: state})
+
     @torch.no_grad()
     def sample_actions(
         self,
-        state: Tensor,
+        observation: Tensor | Mapping[str, Any],
         fast_state: FastState | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Sample a chunk of actions by Euler steps from noise (t = 1) to data (t = 0).
 
         Args:
-            state: observation in the units of the data, `[B, S]`.
+            observation: state vector in the units of the data, `[B, S]`, or a mapping with that
+                under "observation.state" and what else the backbone sees (cameras, task).
             fast_state: handle on the rows' state. All Euler steps read the same state; what the
                 last one writes is the state after the chunk.
             generator: source of noise.
@@ -183,20 +216,23 @@ class ActionExpertModule(AdapterModule):
         # `forward`, not the call: what is compiled for training would compile anew for every
         # number of rows that a batch of environments happens to ask for.
         forward, fast = self.model.forward, fast_state or FastState.transient()
-        observation = self.normalizer.normalize(STATE, state)
-        shape = (state.shape[0], self.features["horizon"], self.features["action_dim"])
+        if not isinstance(observation, Mapping):
+            observation = {STATE: observation}
+        state, observed = observation[STATE], self._observe(observation)
+        shape = (state.shape[0], self.features["horizon"], self.model.action_size)
         noise = torch.randn(shape, device=state.device, generator=generator)
 
         def velocity(noisy: Tensor, time: Tensor) -> Tensor:
             nonlocal fast
             out = forward(
-                observation, noisy, time.expand(len(noisy)), fast_state=fast, write=self.ttt_write
+                observed, noisy, time.expand(len(noisy)), fast_state=fast, write=self.ttt_write
             )
             if self.ttt_state == "carry_denoise":
                 fast = fast.advance()
             return out
 
         actions = euler_sample(velocity, noise, self.denoise_steps)
+        actions = actions[..., : self.features["action_dim"]]
         return self._absolute(self.normalizer.unnormalize(ACTION, actions), state)
 
     def _absolute(self, actions: Tensor, state: Tensor) -> Tensor:
@@ -218,7 +254,7 @@ class ActionExpertModule(AdapterModule):
         return {
             "episode_index": chunk["episode_index"],
             "frame_index": chunk["frame_index"],
-            ACTION: self.sample_actions(chunk[STATE], fast_state, generator),
+            ACTION: self.sample_actions(chunk, fast_state, generator),
             "recorded_action": self._absolute(chunk[ACTION], chunk[STATE]),
             "action_is_pad": chunk["action_is_pad"],
         }
@@ -228,7 +264,9 @@ class ActionExpertModule(AdapterModule):
         return ActionExpertPolicy(self, seed=seed)
 
     def parameter_group(self, name: str) -> str:
-        """`gate`, `fast` and `adapter` inside a TTT adapter, `base` elsewhere."""
+        """`gate`, `fast` and `adapter` inside a TTT adapter, `adapter` for LoRA, else `base`."""
+        if ".lora_" in name:
+            return "adapter"
         if ".ttt" not in name:
             return "base"
         if "gate" in name:
@@ -238,12 +276,18 @@ class ActionExpertModule(AdapterModule):
         return "fast" if leaf in fast else "adapter"
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store options and sizes, so that `rebuild` needs nothing but the checkpoint."""
+        """Store options and sizes, so that `rebuild` needs nothing but the checkpoint.
+
+        Frozen weights of a pretrained model stay where they were loaded from.
+        """
+        assert self.model is not None
+        for name in self.model.restorable():
+            checkpoint["state_dict"].pop(f"model.{name}", None)
         checkpoint[CHECKPOINT_KEY] = {
             "options": {
-                "expert": asdict(self.expert),
+                **store_backbone(self.backbone_options),
                 "ttt": None if self.ttt is None else asdict(self.ttt),
-                "ttt_layer_positions": list(self.ttt_layers),
+                "ttt_layer_positions": self.ttt_layer_positions,
                 "ttt_write": self.ttt_write,
                 "ttt_state": self.ttt_state,
                 "execution_horizon": self.execution_horizon,
@@ -251,6 +295,7 @@ class ActionExpertModule(AdapterModule):
                 "normalization": self.normalization,
             },
             "features": self.features,
+            "fingerprint": self.model.fingerprint(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -258,34 +303,51 @@ class ActionExpertModule(AdapterModule):
         stored = _stored(checkpoint)["features"]
         if self.model is None:
             self.build(stored)
-        for key in ("state_dim", "action_dim", "horizon", "delta_actions"):
+        self._put_back(checkpoint)
+        for key in ("state_dim", "action_dim", "horizon", "image_keys", "delta_actions"):
             if stored[key] != self.features[key]:
                 raise ValueError(
                     f"the checkpoint was trained with {key}={stored[key]}, the data has "
                     f"{self.features[key]}: use the data it was trained on, or train anew"
                 )
 
+    def _put_back(self, checkpoint: Mapping[str, Any]) -> None:
+        """Give the state dict of a checkpoint the pretrained weights that it left out."""
+        assert self.model is not None
+        if _stored(checkpoint).get("fingerprint") != self.model.fingerprint():
+            raise ValueError(
+                "the checkpoint was trained on other pretrained weights than those that "
+                "pi0.pretrained names now, or with another pi0.train: use the same as in training"
+            )
+        names = self.model.restorable()
+        for name, parameter in self.model.named_parameters():
+            if name in names:
+                checkpoint["state_dict"].setdefault(f"model.{name}", parameter.detach())
+
     @classmethod
-    def rebuild(cls, checkpoint: Mapping[str, Any]) -> ActionExpertModule:
+    def rebuild(
+        cls, checkpoint: Mapping[str, Any], pretrained: str | None = None
+    ) -> ActionExpertModule:
         """The module of a checkpoint, for inference: in eval mode, with its weights.
 
         The weights are those under `state_dict`, which are the averages where EMA ran.
 
         Args:
             checkpoint: content of the file.
+            pretrained: where the pretrained weights lie now, if they have moved since training.
 
         Raises:
-            ValueError: it is not the checkpoint of an action expert.
+            ValueError: it is not the checkpoint of an action expert, or its pretrained weights
+                are not there.
             KeyError: it lacks a statistic that normalisation needs.
         """
         stored = _stored(checkpoint)
-        options = dict(stored["options"])
-        expert = as_config(ExpertConfig, options.pop("expert"), "expert")
-        ttt = options.pop("ttt")
-        if ttt is not None:
-            ttt = as_config(TTTAdapterConfig, ttt, "ttt")
-        module = cls(_refuse_to_train, expert=expert, ttt=ttt, **options)
+        options = restore_backbone(stored["options"], pretrained)
+        if options["ttt"] is not None:
+            options["ttt"] = as_config(TTTAdapterConfig, options["ttt"], "ttt")
+        module = cls(_refuse_to_train, **options)
         module.build(stored["features"])
+        module._put_back(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
         module.normalizer.require(STATE, ACTION)
         return module.eval().requires_grad_(False)
@@ -305,19 +367,3 @@ def _refuse_to_train(parameters: Any) -> NoReturn:
         "a module that was rebuilt from a checkpoint has no optimizer: to train on, run "
         "python cli.py fit --ckpt_path, or make an ActionExpertModule with one"
     )
-
-
-def _layer_positions(
-    ttt: TTTAdapterConfig | None, positions: Literal["all"] | list[int] | None, depth: int
-) -> tuple[int, ...]:
-    if ttt is None or positions is None:
-        return ()
-    if positions == "all":
-        return tuple(range(depth))
-    outside = [index for index in positions if not 0 <= index < depth]
-    if outside:
-        raise ValueError(
-            f"ttt_layer_positions has {outside[0]}, but the expert's {depth} layers are "
-            f"0 to {depth - 1}"
-        )
-    return tuple(sorted(set(positions)))

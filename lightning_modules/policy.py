@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_modules.models.backbone import STATE
 from lightning_modules.streams import FastState, Slots, merge_rows, reset_rows, select_rows
 
 if TYPE_CHECKING:
     from lightning_modules.action_expert import ActionExpertModule
 
-STATE = "observation.state"
 ROUNDING = 1e-5
 """By how much recorded float32 actions may stand beyond the range that they were clipped to."""
 
@@ -67,8 +67,11 @@ class ActionExpertPolicy:
         device: torch.device | str = "cpu",
         execute: int | None = None,
         seed: int = 0,
+        pretrained: str | None = None,
     ) -> ActionExpertPolicy:
         """The policy of a checkpoint that training wrote; nothing else is needed.
+
+        Except that frozen weights of a pretrained model are loaded from where they came from.
 
         Where the EMA callback averaged the weights, the averages act, as they did in closed-loop
         evaluation.
@@ -79,6 +82,8 @@ class ActionExpertPolicy:
             execute: actions played per sampled chunk; None takes the module's
                 `execution_horizon`.
             seed: of the noise from which actions are sampled.
+            pretrained: where the frozen weights of a pretrained model lie now (a hub id or a
+                folder), if they have moved since training.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -87,7 +92,7 @@ class ActionExpertPolicy:
         """
         from lightning_modules.action_expert import ActionExpertModule  # which imports this file
 
-        module = ActionExpertModule.rebuild(_read(Path(path)))
+        module = ActionExpertModule.rebuild(_read(Path(path)), pretrained)
         return cls(module.to(device), execute=execute, seed=seed)
 
     def reset(self, rows: Values | None = None) -> None:
@@ -126,7 +131,11 @@ class ActionExpertPolicy:
         Args:
             observation: `[S]` or `[N, S]` in the units of the training data, an array or a
                 tensor; or a mapping with that under "observation.state". Several `state_keys` of
-                the training data are concatenated in their order.
+                the training data are concatenated in their order. A policy with cameras also
+                takes their pictures by name, `[3, H, W]` or `[H, W, 3]` (`[N, ...]` in a batch),
+                uint8 or floating in [0, 1] (a camera that is absent is not seen), and under
+                "task" the instruction, or one for each environment; without it, the only one
+                that it was trained on.
 
         Returns:
             Actions `[D]` or `[N, D]` in the units of the training data, float32; a tensor (on
@@ -134,12 +143,15 @@ class ActionExpertPolicy:
 
         Raises:
             RuntimeError: `reset` was never called.
-            ValueError: the observation has another size, or the number of rows has changed.
+            ValueError: the observation has another size, the number of rows has changed, or there
+                is no picture or no instruction where the policy needs one.
             KeyError: the mapping has no "observation.state".
         """
         values = _state_of(observation)
         states = torch.as_tensor(values, dtype=torch.float32)
-        actions = self._act(states[None] if states.dim() == 1 else states)
+        alone = states.dim() == 1
+        rows = states[None] if alone else states
+        actions = self._act(rows, self._senses(observation, rows, alone))
         actions = actions[0] if states.dim() == 1 else actions
         return actions.to(values.device) if isinstance(values, Tensor) else actions.numpy()
 
@@ -196,7 +208,25 @@ class ActionExpertPolicy:
                 )
         _check_range(features, np.ravel(action_low), np.ravel(action_high))
 
-    def _act(self, states: Tensor) -> Tensor:
+    def _senses(self, observation: Observation, states: Tensor, alone: bool) -> dict[str, Any]:
+        """What is seen beside the state: pictures `[N, 3, H, W]` by camera, instructions [N]."""
+        cameras = self.module.features["image_keys"]
+        if not cameras or not isinstance(observation, Mapping):
+            return {}
+        self._check_reset()
+        self._check_states(states)
+        rows = len(states)
+        pictures = {key: observation[key] for key in cameras if key in observation}
+        senses: dict[str, Any] = {key: _picture(key, p, alone) for key, p in pictures.items()}
+        if "task" in observation:
+            task = observation["task"]
+            senses["task"] = [task] * rows if isinstance(task, str) else list(task)
+        for name, values in senses.items():
+            if len(values) != rows:
+                raise ValueError(f"{name} has {len(values)} rows, observation.state has {rows}")
+        return senses
+
+    def _act(self, states: Tensor, senses: Mapping[str, Any] | None = None) -> Tensor:
         """One action `[N, D]` (on the CPU) for every row of states `[N, S]`."""
         self._check_reset()
         self._check_states(states)
@@ -204,19 +234,21 @@ class ActionExpertPolicy:
             self._played = torch.full((len(states),), self.execute)
         rows = torch.nonzero(self._played >= self.execute).flatten()
         if len(rows):
-            self._plan(states.to(self.module.device), rows)
+            self._plan(states.to(self.module.device), rows, senses or {})
         assert self._queue is not None
         actions = self._queue[torch.arange(len(self._played)), self._played]
         self._played = self._played + 1
         return actions
 
-    def _plan(self, states: Tensor, rows: Tensor) -> None:
+    def _plan(self, states: Tensor, rows: Tensor, senses: Mapping[str, Any]) -> None:
         """Sample chunks for some rows, fill their queues and carry their fast state on."""
         assert self._played is not None
         fast_state = FastState(select_rows(self._slots, rows))
-        chunk = self.module.sample_actions(
-            states[rows.to(states.device)], fast_state, self._generator
-        ).cpu()
+        observation: Any = states[rows.to(states.device)]
+        if senses:
+            seen = {name: _select(values, rows) for name, values in senses.items()}
+            observation = {STATE: observation, **seen}
+        chunk = self.module.sample_actions(observation, fast_state, self._generator).cpu()
         if self.module.streams.persistent:
             self._slots = merge_rows(self._slots, rows, fast_state.outgoing, len(self._played))
         if self._queue is None:
@@ -271,6 +303,25 @@ def _state_of(observation: Observation) -> Values:
             "what the policy was trained on under that key, or give the bare array"
         )
     return observation[STATE]
+
+
+def _picture(key: str, values: Values, alone: bool) -> Tensor:
+    """Pictures of one camera as `[N, 3, H, W]`."""
+    pictures = torch.as_tensor(values)
+    pictures = pictures[None] if alone else pictures
+    if pictures.dim() == 4 and pictures.shape[1] != 3 and pictures.shape[3] == 3:
+        pictures = pictures.permute(0, 3, 1, 2)
+    if pictures.dim() != 4 or pictures.shape[1] != 3:
+        shape = "[3, H, W]" if alone else "[N, 3, H, W]"
+        raise ValueError(f"{key} has shape {tuple(np.shape(values))}: give {shape} pictures")
+    return pictures
+
+
+def _select(values: Tensor | list[str], rows: Tensor) -> Tensor | list[str]:
+    """The given rows (`[n]` int64, on the CPU) of pictures or instructions."""
+    if isinstance(values, Tensor):
+        return values[rows.to(values.device)]
+    return [values[row] for row in rows.tolist()]
 
 
 def _state_size(space: Any) -> int | None:

@@ -11,8 +11,9 @@ into fast weights therefore depends neither on the noise nor on the time.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +28,15 @@ from transformers.models.gemma.modeling_gemma import (
 from lightning_modules.layers.adarms import AdaRMSNorm
 from lightning_modules.layers.decoder import AdaptiveDecoderLayer
 from lightning_modules.layers.time_embedding import ActionTimeEmbedding, TimeMLP
+from lightning_modules.models.backbone import (
+    STATE,
+    Backbone,
+    Writers,
+    action_tokens,
+    with_unseen_observation,
+    write_mask,
+)
 from lightning_modules.streams import FastState
-
-Writers = Literal["all", "observation", "action"]
-"""Which tokens update the fast weights."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +92,29 @@ class ExpertConfig:
             attn_implementation="sdpa",
         )
 
+    def check(self, features: Mapping[str, Any]) -> None:
+        """Refuse cameras.
 
-class ActionExpert(nn.Module):
+        Raises:
+            ValueError: the data has them.
+        """
+        if features["image_keys"]:
+            raise ValueError(
+                "this expert sees the state vector only; remove "
+                f"image_keys={features['image_keys']}, or use backbone: pi0"
+            )
+
+    def build(self, features: Mapping[str, Any]) -> ActionExpert:
+        """The expert for the data's sizes."""
+        return ActionExpert(self, features["state_dim"], features["action_dim"])
+
+    @classmethod
+    def restore(cls, stored: Mapping[str, Any]) -> Self:
+        """Inverse of `dataclasses.asdict`."""
+        return cls(**stored)
+
+
+class ActionExpert(Backbone):
     """Velocity field `v(x_t, t, state)` of a chunk of actions.
 
     Args:
@@ -99,6 +126,7 @@ class ActionExpert(nn.Module):
     def __init__(self, config: ExpertConfig, state_dim: int, action_dim: int) -> None:
         super().__init__()
         self.config = config
+        self.action_size = action_dim
         width = config.hidden_size
         if config.adarms:
             self.state_proj = nn.Linear(state_dim, config.observation_tokens * width)
@@ -110,6 +138,11 @@ class ActionExpert(nn.Module):
         self.norm = AdaRMSNorm(width, self.cond_size)
         self.action_out_proj = nn.Linear(width, action_dim)
         self.rotary_emb = GemmaRotaryEmbedding(config.gemma())
+
+    @property
+    def decoder(self) -> ActionExpert:
+        """The expert itself."""
+        return self
 
     @property
     def cond_size(self) -> int | None:
@@ -124,6 +157,10 @@ class ActionExpert(nn.Module):
             input_layernorm=AdaRMSNorm(self.config.hidden_size, self.cond_size),
             post_attention_layernorm=AdaRMSNorm(self.config.hidden_size, self.cond_size),
         )
+
+    def observe(self, observation: Mapping[str, Any]) -> Tensor:
+        """The state vector `[B, S]`; see `Backbone.observe`."""
+        return observation[STATE]
 
     def forward(
         self,
@@ -149,7 +186,7 @@ class ActionExpert(nn.Module):
         hidden, condition = self._embed(state, noisy_actions, time)
         batch, length, _ = hidden.shape
         observed = self.config.observation_tokens
-        is_action = torch.arange(length, device=hidden.device) >= observed
+        is_action = action_tokens(length, observed, hidden.device)
         if fast_state is not None and fast_state.listens("gate"):
             fast_state.publish("gate", "model", time=time)
         context = {
@@ -160,7 +197,7 @@ class ActionExpert(nn.Module):
             "adarms_cond": condition,
             "segments": None if condition is None else is_action.long(),
             "fast_state": fast_state,
-            "write_mask": _write_mask(is_action, write, batch),
+            "write_mask": write_mask(is_action, write, batch),
         }
         for layer in self.layers:
             if self.config.gradient_checkpointing and self.training:
@@ -181,7 +218,7 @@ class ActionExpert(nn.Module):
         observation = self.state_proj(state).view(batch, self.config.observation_tokens, -1)
         tokens = torch.cat([observation, self.action_in_proj(noisy_actions)], dim=1)
         condition = self.time_mlp(time).to(tokens.dtype)
-        return tokens, torch.stack([torch.zeros_like(condition), condition], dim=1)
+        return tokens, with_unseen_observation(condition)
 
 
 def _observation_first_mask(is_action: Tensor, dtype: torch.dtype) -> Tensor:
@@ -189,12 +226,3 @@ def _observation_first_mask(is_action: Tensor, dtype: torch.dtype) -> Tensor:
     hidden = is_action[None, :] & ~is_action[:, None]
     mask = torch.zeros(hidden.shape, dtype=dtype, device=is_action.device)
     return mask.masked_fill(hidden, torch.finfo(dtype).min)[None, None]
-
-
-def _write_mask(is_action: Tensor, write: Writers, batch: int) -> Tensor:
-    writes = {
-        "all": torch.ones_like(is_action),
-        "observation": ~is_action,
-        "action": is_action,
-    }[write]
-    return writes.expand(batch, -1)

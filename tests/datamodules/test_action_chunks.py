@@ -231,7 +231,7 @@ def test_features_describe_the_batches(folder: Path) -> None:
     recorded = np.concatenate([values("action", episode) for episode in training])
     assert module.features == {
         "state_dim": 3, "action_dim": 2, "horizon": 4, "stride": 2, "image_keys": [],
-        "delta_actions": [0],
+        "tasks": {0: "Pick the cube.", 1: "Open the drawer."}, "delta_actions": [0],
         "action_range": [recorded.min(0).tolist(), recorded.max(0).tolist()],
         "action_bounds": None,
     }  # fmt: skip
