@@ -105,6 +105,11 @@ class TTTAttentionAdapter(BaseAttentionAdapter):
         return super().attend(hidden_states, **kwargs)
 
     @property
+    def carries_state(self) -> bool:
+        """Whether TTT reads a sequence; without `causal` the call is the unit."""
+        return self.adapter_config.layer.causal
+
+    @property
     def replaces_attention(self) -> bool:
         """Whether attention is left out."""
         return self.adapter_config.ttt_mode == "replace_attn"
