@@ -86,7 +86,7 @@ class BaseAttentionAdapter(nn.Module):
             ValueError: the fast state is another batch's, or misses what the cache has seen.
         """
         if args:
-            raise TypeError(f"{self._name} was called with positional arguments; {EXPECTED}")
+            raise TypeError(f"{self._base_name} was called with positional arguments; {EXPECTED}")
         context = {key: kwargs.pop(key) for key in CONTEXT_KEYS if key in kwargs}
         cache = kwargs.get("past_key_values") if context.get("fast_state") is None else None
         if carries := isinstance(getattr(cache, "fast_state", None), FastState):
@@ -95,7 +95,7 @@ class BaseAttentionAdapter(nn.Module):
             self._check_nothing_missed(cache)
         returned = self.attend(hidden_states, **kwargs)
         if not isinstance(returned, tuple):
-            raise TypeError(f"{self._name} returned a {type(returned).__name__}; {EXPECTED}")
+            raise TypeError(f"{self._base_name} returned a {type(returned).__name__}; {EXPECTED}")
         attn_output, *rest = returned
         adapted = self.adapt(attn_output, hidden_states, **context)
         if carries:
@@ -162,7 +162,7 @@ class BaseAttentionAdapter(nn.Module):
         return any(isinstance(m, BaseAttentionAdapter) and m.carries_state for m in inner)
 
     @property
-    def _name(self) -> str:
+    def _base_name(self) -> str:
         base = self._modules.get(BASE)
         return type(self if base is None else base).__name__
 

@@ -61,7 +61,9 @@ def test_logits_of_left_padded_rows_equal_those_of_each_row_alone(
         torch.testing.assert_close(together[row : row + 1, -length:], alone, **close)
         for slot, fields in own.outgoing.items():
             for name, value in fields.items():
-                torch.testing.assert_close(state.outgoing[slot][name][row : row + 1], value, **close)
+                torch.testing.assert_close(
+                    state.outgoing[slot][name][row : row + 1], value, **close
+                )
 
 
 @pytest.mark.parametrize("adapter", TTT)
