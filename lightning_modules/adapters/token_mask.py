@@ -39,11 +39,17 @@ class TokenMaskHook:
 
 
 def pass_token_masks(model: nn.Module, attentions: Iterable[str]) -> None:
-    """Put a `TokenMaskHook` on the decoders that own these attention modules (by path)."""
-    for decoder in {_decoder(model, path) for path in attentions} - {None}:
-        if not any(isinstance(hook, TokenMaskHook) for hook in decoder._forward_pre_hooks.values()):
-            names = inspect.signature(decoder.forward).parameters
-            decoder.register_forward_pre_hook(TokenMaskHook(names), with_kwargs=True)
+    """Put a `TokenMaskHook` on the decoders that own these attention modules (by path).
+
+    A model around a decoder that it calls its own (`get_decoder`) gets one too: those for images
+    and text make a 4D mask before they call the decoder.
+    """
+    for path in attentions:
+        for module in _decoders(model, path):
+            hooks = module._forward_pre_hooks.values()
+            if not any(isinstance(hook, TokenMaskHook) for hook in hooks):
+                names = inspect.signature(module.forward).parameters
+                module.register_forward_pre_hook(TokenMaskHook(names), with_kwargs=True)
 
 
 def remove_token_masks(model: nn.Module) -> None:
@@ -59,13 +65,25 @@ def _is_padding(attention_mask: Any) -> bool:
     return isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
 
 
-def _decoder(model: nn.Module, path: str) -> nn.Module | None:
-    """The innermost module around an attention that takes tokens, their mask, and more keywords."""
+def _decoders(model: nn.Module, path: str) -> list[nn.Module]:
+    """The innermost module around an attention that takes tokens, and models whose decoder it is.
+
+    Taking tokens is: `forward` has them and `attention_mask`, and takes more keywords.
+    """
+    found: list[nn.Module] = []
     while path:
         path = path.rpartition(".")[0]
         module = model.get_submodule(path)
-        parameters = inspect.signature(module.forward).parameters
-        takes_more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        if takes_more and "attention_mask" in parameters and parameters.keys() & set(INPUTS):
-            return module
-    return None
+        if _takes_tokens(module) and (not found or _decoder_of(module) is found[0]):
+            found.append(module)
+    return found
+
+
+def _takes_tokens(module: nn.Module) -> bool:
+    parameters = inspect.signature(module.forward).parameters
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return takes_more and "attention_mask" in parameters and bool(parameters.keys() & set(INPUTS))
+
+
+def _decoder_of(module: nn.Module) -> nn.Module | None:
+    return module.get_decoder() if hasattr(module, "get_decoder") else None

@@ -1,8 +1,9 @@
 """Every adapter in every architecture, against the base model, the eager run, the full pass."""
 
 import pytest
-from architecture_cases import ADAPTERS, ARCHITECTURES
-from capabilities import CAPABILITIES, compile_in_place
+import torch
+from architecture_cases import ADAPTERS, ARCHITECTURES, adapted_model
+from capabilities import CAPABILITIES, compile_in_place, losses_and_gradients
 
 EAGER = [name for name in CAPABILITIES if name != "compile"]
 
@@ -23,3 +24,15 @@ def _compile_rows() -> list[object]:
 @pytest.mark.parametrize(("architecture", "adapter"), _compile_rows())
 def test_compiled_in_place_equals_eager(architecture: str, adapter: str) -> None:
     compile_in_place(architecture, ADAPTERS[adapter])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [name for name, case in ADAPTERS.items() if case.carries_state])
+def test_gradients_compiled_in_place_equal_eager(adapter: str) -> None:
+    eager, compiled = (adapted_model("llama", ADAPTERS[adapter]).train() for _ in range(2))
+    torch.compiler.reset()
+    compiled.compile(backend="aot_eager")
+    torch.testing.assert_close(losses_and_gradients(compiled), losses_and_gradients(eager))
+    theirs = dict(eager.named_parameters())
+    for name, parameter in compiled.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-6)

@@ -7,7 +7,12 @@ import pytest
 import torch
 from architecture_cases import ADAPTERS, ARCHITECTURES, adapted_model, build_model, tokens
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    PreTrainedModel,
+    SiglipVisionConfig,
+)
 
 from lightning_modules.adapters import inject_adapters, remove_adapters
 from lightning_modules.adapters.token_mask import TokenMaskHook
@@ -145,15 +150,37 @@ def test_packed_documents_equal_each_document_alone() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_one_hook_on_the_decoder_while_adapters_are_in_and_none_after(architecture: str) -> None:
+def test_one_hook_on_model_and_decoder_while_adapters_are_in_and_none_after(
+    architecture: str,
+) -> None:
     model = build_model(architecture)
     inject_adapters(model, [(0, "noop", None)])
     inject_adapters(model, [(1, "noop", None)])
     twin = copy.deepcopy(model)
     for adapted in (model, twin):
-        assert _hooks(adapted) == ["model"]
+        assert _hooks(adapted) == ["", "model"]
         remove_adapters(adapted)
         assert not _hooks(adapted) and not adapted.model._forward_pre_hooks_with_kwargs
+
+
+def test_left_padded_rows_of_a_model_for_images_and_text_equal_each_row_alone() -> None:
+    torch.manual_seed(0)
+    text = ARCHITECTURES["gemma3"]().config
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "image_size": 8, "patch_size": 4}
+    vision = SiglipVisionConfig(**sizes, num_hidden_layers=1, num_attention_heads=1)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    options = {**ADAPTERS["ttt"].options, "alpha_init": 2.0}
+    inject_adapters(model, [("model.language_model.*", "ttt", options)])
+    ids, mask = _left_padded()
+    given = {"attention_mask": mask, "position_ids": _positions(mask)}
+    together = model(ids, **given).logits
+    model._forward_pre_hooks.clear()
+    model.model._forward_pre_hooks.clear()  # the decoder alone sees a 4D mask: the wrong variant
+    assert not torch.allclose(model(ids, **given).logits[1, -4:], together[1, -4:], **CLOSE)
+    for row, length in enumerate(LENGTHS):
+        alone = model(ids[row : row + 1, -length:]).logits
+        torch.testing.assert_close(together[row : row + 1, -length:], alone, **CLOSE)
 
 
 class Closed(nn.Module):
