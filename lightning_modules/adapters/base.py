@@ -152,6 +152,11 @@ class BaseAttentionAdapter(nn.Module):
         """Whether the output is something else than attention plus `delta`."""
         return False
 
+    def detach_base(self) -> BaseAttentionAdapter:
+        """Give up the base attention: this adapter becomes a member of one that owns the base."""
+        del self._modules[BASE]
+        return self
+
     @property
     def carries_state(self) -> bool:
         """Whether the output depends on what earlier calls have read, as a causal memory's does.
@@ -189,11 +194,6 @@ class BaseAttentionAdapter(nn.Module):
                 "FastStateCache(model.config) from lightning_modules.generation, or pass "
                 "fast_state="
             )
-
-    def detach_base(self) -> BaseAttentionAdapter:
-        """Give up the base attention: this adapter becomes a member of one that owns the base."""
-        del self._modules[BASE]
-        return self
 
 
 def check_attention(attention: nn.Module) -> None:
