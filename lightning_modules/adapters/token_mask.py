@@ -41,8 +41,8 @@ class TokenMaskHook:
 def pass_token_masks(model: nn.Module, attentions: Iterable[str]) -> None:
     """Put a `TokenMaskHook` on the decoders that own these attention modules (by path).
 
-    A model around a decoder that it calls its own (`get_decoder`) gets one too: those for images
-    and text make a 4D mask before they call the decoder.
+    A model for images and text around a decoder gets one too: it makes a 4D mask before it calls
+    the decoder.
     """
     for path in attentions:
         for module in _decoders(model, path):
@@ -66,15 +66,16 @@ def _is_padding(attention_mask: Any) -> bool:
 
 
 def _decoders(model: nn.Module, path: str) -> list[nn.Module]:
-    """The innermost module around an attention that takes tokens, and models whose decoder it is.
+    """The innermost module around an attention that takes tokens, and models of more around it.
 
-    Taking tokens is: `forward` has them and `attention_mask`, and takes more keywords.
+    Taking tokens is: `forward` has them and `attention_mask`, and takes more keywords. Models of
+    more have a part that is their decoder, and another base model than it.
     """
     found: list[nn.Module] = []
     while path:
         path = path.rpartition(".")[0]
         module = model.get_submodule(path)
-        if _takes_tokens(module) and (not found or _decoder_of(module) is found[0]):
+        if _takes_tokens(module) and (not found or _has_more_than(module, found[0])):
             found.append(module)
     return found
 
@@ -85,5 +86,7 @@ def _takes_tokens(module: nn.Module) -> bool:
     return takes_more and "attention_mask" in parameters and bool(parameters.keys() & set(INPUTS))
 
 
-def _decoder_of(module: nn.Module) -> nn.Module | None:
-    return module.get_decoder() if hasattr(module, "get_decoder") else None
+def _has_more_than(module: nn.Module, decoder: nn.Module) -> bool:
+    if not hasattr(module, "get_decoder") or module.get_decoder() is not decoder:
+        return False
+    return getattr(module, "base_model", None) is not decoder

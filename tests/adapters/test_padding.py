@@ -150,7 +150,7 @@ def test_packed_documents_equal_each_document_alone() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_one_hook_on_model_and_decoder_while_adapters_are_in_and_none_after(
+def test_one_hook_on_the_decoder_while_adapters_are_in_and_none_after(
     architecture: str,
 ) -> None:
     model = build_model(architecture)
@@ -158,7 +158,7 @@ def test_one_hook_on_model_and_decoder_while_adapters_are_in_and_none_after(
     inject_adapters(model, [(1, "noop", None)])
     twin = copy.deepcopy(model)
     for adapted in (model, twin):
-        assert _hooks(adapted) == ["", "model"]
+        assert _hooks(adapted) == ["model"]
         remove_adapters(adapted)
         assert not _hooks(adapted) and not adapted.model._forward_pre_hooks_with_kwargs
 
@@ -172,6 +172,7 @@ def test_left_padded_rows_of_a_model_for_images_and_text_equal_each_row_alone() 
     model = Gemma3ForConditionalGeneration(config).eval()
     options = {**ADAPTERS["ttt"].options, "alpha_init": 2.0}
     inject_adapters(model, [("model.language_model.*", "ttt", options)])
+    assert _hooks(model) == ["", "model", "model.language_model"]
     ids, mask = _left_padded()
     given = {"attention_mask": mask, "position_ids": _positions(mask)}
     together = model(ids, **given).logits
