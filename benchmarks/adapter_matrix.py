@@ -10,7 +10,6 @@ random models. Ends with status 1 if one of them fails.
 from __future__ import annotations
 
 import argparse
-import logging
 import platform
 import sys
 import time
@@ -23,6 +22,7 @@ sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "test
 import torch  # noqa: E402
 from architecture_cases import ADAPTERS, ARCHITECTURES  # noqa: E402
 from capabilities import CAPABILITIES  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 
 Results = dict[tuple[str, str, str], bool]
 """(architecture, adapter, capability) -> whether its check passed."""
@@ -41,7 +41,8 @@ def main() -> int:
         parser.add_argument(f"--{name}", nargs="+", choices=list(known), default=list(known))
     parser.add_argument("--full", action="store_true", help="one row per architecture and adapter")
     options = parser.parse_args()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     torch.set_num_threads(1)
     start, results = time.perf_counter(), {}
     for architecture in options.architectures:

@@ -75,12 +75,14 @@ class AdapterCase(NamedTuple):
         options: what `create_attention_adapter` takes.
         zero: options with which it adds exactly nothing; None if it starts like that anyway.
         carries_state: whether it has fast weights.
+        idle: shell patterns of parameters that take no part, e.g. of members not switched on.
     """
 
     adapter_type: str
     options: dict[str, Any] | None = None
     zero: dict[str, Any] | None = None
     carries_state: bool = False
+    idle: tuple[str, ...] = ()
 
 
 MINI_BATCH = 4
@@ -96,6 +98,11 @@ ADAPTERS: dict[str, AdapterCase] = {
         True,
     ),
 }
+
+STATEFUL = [(architecture, "ttt") for architecture in ARCHITECTURES] + [
+    ("gemma3", name) for name, case in ADAPTERS.items() if case.carries_state and name != "ttt"
+]
+"""(architecture, adapter): every architecture once, every adapter with fast weights once."""
 
 
 def build_model(architecture: str, attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,9 @@ def train(architecture: str, case: AdapterCase) -> None:
     losses_and_gradients(model)
     own = own_parameters(model)
     assert bool(own) == (case.adapter_type != "noop")
-    still = [name for name, p in own.items() if p.grad is None or not p.grad.abs().max() > 0]
-    assert not still, f"no gradient: {still}"
+    still = {name for name, p in own.items() if p.grad is None or not p.grad.abs().max() > 0}
+    idle = {name for name in own if any(fnmatchcase(name, pattern) for pattern in case.idle)}
+    assert still == idle, f"no gradient: {still - idle}; a gradient where none was meant: {idle}"
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 

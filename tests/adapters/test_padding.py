@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from architecture_cases import ADAPTERS, ARCHITECTURES, adapted_model, build_model, tokens
+from architecture_cases import ADAPTERS, ARCHITECTURES, STATEFUL, adapted_model, build_model, tokens
 from torch import Tensor, nn
 from transformers import (
     Gemma3Config,
@@ -20,7 +20,6 @@ from lightning_modules.generation import FastStateCache
 from lightning_modules.streams import FastState
 
 LENGTHS = (11, 4, 7)
-TTT = [name for name, case in ADAPTERS.items() if case.adapter_type == "ttt"]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 """float32 sums in another order (other matrix sizes); float64 below is tight."""
 TIGHT = {"rtol": 1e-6, "atol": 1e-6}
@@ -45,8 +44,7 @@ def _hooks(model: nn.Module) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("adapter", TTT)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "adapter"), STATEFUL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_logits_of_left_padded_rows_equal_those_of_each_row_alone(
     architecture: str, adapter: str, dtype: torch.dtype
@@ -71,8 +69,7 @@ def test_logits_of_left_padded_rows_equal_those_of_each_row_alone(
                 )
 
 
-@pytest.mark.parametrize("adapter", TTT)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "adapter"), STATEFUL)
 def test_tokens_generated_from_left_padded_rows_equal_those_of_each_row_alone(
     architecture: str, adapter: str
 ) -> None:

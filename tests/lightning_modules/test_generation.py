@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from architecture_cases import ADAPTERS, ARCHITECTURES, adapted_model, build_model, tokens
+from architecture_cases import ADAPTERS, STATEFUL, adapted_model, build_model, tokens
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -13,7 +13,6 @@ from lightning_modules.adapters import inject_adapters
 from lightning_modules.generation import FastStateCache
 from lightning_modules.streams import FastState
 
-TTT = [name for name, case in ADAPTERS.items() if case.adapter_type == "ttt"]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 """float32 sums in another order (other matrix sizes)."""
 TIGHT = {"rtol": 1e-6, "atol": 1e-6}
@@ -43,8 +42,7 @@ def _read(model: PreTrainedModel, ids: Tensor, cache: Any, sizes: list[int]) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("prompt", [1, 4, 6])
-@pytest.mark.parametrize("adapter", TTT)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "adapter"), STATEFUL)
 def test_prefill_and_token_by_token_decoding_equal_one_pass(
     architecture: str, adapter: str, prompt: int, dtype: torch.dtype
 ) -> None:
@@ -112,8 +110,7 @@ def test_generating_with_a_model_compiled_in_place_equals_eager() -> None:
 # Beams and rows
 
 
-@pytest.mark.parametrize("adapter", TTT)
-@pytest.mark.parametrize("architecture", ["gemma2", "llama"])
+@pytest.mark.parametrize(("architecture", "adapter"), STATEFUL)
 def test_beam_search_equals_beam_search_that_reads_everything_again(
     architecture: str, adapter: str
 ) -> None:
