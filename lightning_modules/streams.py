@@ -17,7 +17,7 @@ by zero and the learned part keeps its gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -93,7 +93,7 @@ def merge_rows(slots: Slots, rows: Tensor, update: Slots, size: int | None = Non
     return merged
 
 
-def _map_fields(slots: Slots, function: Any) -> Slots:
+def _map_fields(slots: Slots, function: Callable[[Tensor], Tensor]) -> Slots:
     return {
         slot: {name: function(value) for name, value in fields.items()}
         for slot, fields in slots.items()
@@ -107,6 +107,7 @@ class FastState:
         incoming: state with which the chunk begins, slot -> field -> `[B, ...]`.
         adapt: False reads the state without writing: layers leave their fast weights alone.
         listening: topics for which a monitor wants statistics (see `publish`).
+        reading: where readers that do not adapt stand (see `reading`), shaped as `incoming`.
     """
 
     def __init__(
@@ -115,11 +116,13 @@ class FastState:
         *,
         adapt: bool = True,
         listening: Iterable[str] = frozenset(),
+        reading: Slots | None = None,
     ) -> None:
         self.adapt = adapt
         self.published: Published = {}
         self.losses: dict[str, dict[str, Tensor]] = {}
         self._incoming: Slots = incoming or {}
+        self._reading: Slots = {} if adapt else reading or {}
         self._outgoing: Slots = {}
         self._listening = frozenset(listening)
 
@@ -130,22 +133,48 @@ class FastState:
 
     def read(self, slot: str, state_class: type[StateT]) -> StateT | None:
         """State of `slot` at the beginning of this chunk; None means fresh."""
-        fields = self._incoming.get(slot)
+        fields = self._reading.get(slot, self._incoming.get(slot))
         return None if fields is None else state_class(**fields)
 
     def write(self, slot: str, state: Any) -> None:
-        """Set the state of `slot` for the next chunk. The last write wins; see `adapt`."""
-        if self.adapt:
-            self._outgoing[slot] = state._asdict()
+        """Set the state of `slot` for the next chunk. The last write wins.
+
+        Without `adapt` it is what later readers go on from (see `reading`), and nothing else.
+        """
+        self._outgoing[slot] = state._asdict()
 
     @property
     def outgoing(self) -> Slots:
         """State after this chunk: what was written, and what was not touched."""
-        return {**self._incoming, **self._outgoing}
+        return {**self._incoming, **self._outgoing} if self.adapt else self._incoming
+
+    @property
+    def reading(self) -> Slots:
+        """Where readers that do not adapt stand after this chunk; empty with `adapt`.
+
+        What was learned stays, but who reads on inside a mini-batch stands elsewhere in it: its
+        positions have moved, and it may have closed the mini-batch that learning left open.
+        """
+        return {} if self.adapt else {**self._reading, **self._outgoing}
 
     def advance(self) -> FastState:
         """Handle on what comes next (a chunk, an Euler step): it reads what this one wrote."""
-        return FastState(self.outgoing, adapt=self.adapt, listening=self._listening)
+        return self.map(lambda value: value)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> FastState:
+        """`advance` with `function` applied to every tensor, e.g. a choice of rows."""
+        return FastState(
+            _map_fields(self.outgoing, function),
+            adapt=self.adapt,
+            listening=self._listening,
+            reading=_map_fields(self.reading, function),
+        )
+
+    @property
+    def rows(self) -> int | None:
+        """B of the states with which the chunk begins; None if all of them are fresh."""
+        slots = (*self._reading.values(), *self._incoming.values())
+        return next((len(value) for fields in slots for value in fields.values()), None)
 
     def add_loss(self, slot: str, **losses: Tensor) -> None:
         """Leave weighted auxiliary losses (scalars of a router) for the training step.
@@ -208,6 +237,7 @@ class _Namespace:
 
     def __init__(self) -> None:
         self.slots: Slots = {}
+        self.reading: Slots = {}
         self.rows = _Rows()
         self.restart = False
         self.resets = 0
@@ -272,11 +302,8 @@ class StreamState:
         restart = space.restart and rows is None
         if not restart:
             (rows or space.rows).check(plan)
-        handle = FastState(
-            self._incoming(space, plan, chunk["is_first"], restart),
-            adapt=adapt,
-            listening=self.listening,
-        )
+        slots, reading = self._incoming(space, plan, chunk["is_first"], restart)
+        handle = FastState(slots, adapt=adapt, listening=self.listening, reading=reading)
         self.plans.append(plan)
         self.published.append(handle.published)
         self._last = handle
@@ -284,12 +311,15 @@ class StreamState:
 
     def _incoming(
         self, space: _Namespace, plan: StreamPlan, is_first: Tensor, restart: bool
-    ) -> Slots:
-        previous = self._last.outgoing if self._last is not None else space.slots
+    ) -> tuple[Slots, Slots]:
+        """What was learned, and where readers stand."""
         other_rows = not self.plans and len(plan.stream_id) != len(space.rows.stream_id)
         if not self.persistent or restart or other_rows:
-            return {}
-        return reset_rows(previous, is_first)
+            return {}, {}
+        slots, reading = space.slots, space.reading
+        if self._last is not None:
+            slots, reading = self._last.outgoing, self._last.reading
+        return reset_rows(slots, is_first), reset_rows(reading, is_first)
 
     def commit(self) -> None:
         """Make the state after the step's last chunk current, detached. Once per step."""
@@ -298,6 +328,7 @@ class StreamState:
         space = self._namespaces[self._current]
         if self.persistent:
             space.slots = _map_fields(self._last.outgoing, Tensor.detach)
+            space.reading = _map_fields(self._last.reading, Tensor.detach)
         space.rows = _Rows(self.plans[-1].stream_id, self.plans[-1].chunk_index)
         space.restart = False
         for plan in self.plans:
@@ -329,6 +360,7 @@ class StreamState:
         space = self._namespaces.get(namespace, _Namespace())
         return {
             "slots": _map_fields(space.slots, lambda value: value.detach().cpu().clone()),
+            "reading": _map_fields(space.reading, lambda value: value.detach().cpu().clone()),
             "stream_id": list(space.rows.stream_id),
             "chunk_index": list(space.rows.chunk_index),
             "resets": space.resets,
@@ -344,6 +376,7 @@ class StreamState:
         """Restore what `state_dict` returned; tensors go to `device`."""
         space = _Namespace()
         space.slots = _map_fields(state["slots"], lambda value: value.to(device))
+        space.reading = _map_fields(state.get("reading", {}), lambda value: value.to(device))
         space.rows = _Rows(state["stream_id"], state["chunk_index"])
         space.resets = state["resets"]
         space.continuations = state["continuations"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
+
+from lightning_modules.streams import FastState
 
 BASE = "base_attention"
 
@@ -22,12 +25,21 @@ CONTEXT_KEYS = (
 """Keywords that are meant for adapters; the base attention never sees them."""
 
 
+EXPECTED = (
+    "adapters wrap attention modules as Hugging Face decoders have them, called with keywords "
+    "(hidden_states=, ...) and returning a tuple (attn_output, attn_weights)"
+)
+
+
 class BaseAttentionAdapter(nn.Module):
     """Stands in the place of an attention module and completes its output.
 
     The forward call takes the keywords of the base and those of `CONTEXT_KEYS`, calls the base
     with its own, and returns `(adapt(attn_output, ...), *rest)`. Reading an attribute that the
     adapter does not have (`layer_idx`, `config`, `head_dim`, ...) reads it from the base.
+
+    Fast state comes from `fast_state=` or, without it, from a cache that carries one
+    (`generation.FastStateCache` as `past_key_values`); the cache then gets the next state.
 
     A subclass implements `delta`, what it adds; `adapt` returns the **complete** attention output,
     gates applied. An adapter that does not add (it replaces attention, or combines other adapters)
@@ -60,19 +72,37 @@ class BaseAttentionAdapter(nn.Module):
                 raise
             return getattr(modules[BASE], name)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Any, ...]:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Attention, completed by the adapter.
 
         Args:
             hidden_states: input of attention (normed), `[B, T, hidden]`.
+            *args: an error: adapters find keywords by name.
             **kwargs: keywords of the base attention, and those of `CONTEXT_KEYS`.
 
         Returns:
             The adapted attention output `[B, T, hidden]`, then what else the base returned.
+
+        Raises:
+            TypeError: the attention is called, or answers, unlike Hugging Face attention.
+            ValueError: the fast state is another batch's, or misses what the cache has seen.
         """
+        if args:
+            raise TypeError(f"{self._base_name} was called with positional arguments; {EXPECTED}")
         context = {key: kwargs.pop(key) for key in CONTEXT_KEYS if key in kwargs}
-        attn_output, *rest = self.attend(hidden_states, **kwargs)
-        return self.adapt(attn_output, hidden_states, **context), *rest
+        cache = kwargs.get("past_key_values") if context.get("fast_state") is None else None
+        if carries := isinstance(getattr(cache, "fast_state", None), FastState):
+            context["fast_state"] = self._state_of(cache, len(hidden_states))
+        elif cache is not None:
+            self._check_nothing_missed(cache)
+        returned = self.attend(hidden_states, **kwargs)
+        if not isinstance(returned, tuple):
+            raise TypeError(f"{self._base_name} returned a {type(returned).__name__}; {EXPECTED}")
+        attn_output, *rest = returned
+        adapted = self.adapt(attn_output, hidden_states, **context)
+        if carries:
+            cache.fast_state = context["fast_state"].advance()
+        return adapted, *rest
 
     def attend(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Any, ...]:
         """Call the base attention, with keywords only, unless it is replaced: `(None, None)`.
@@ -154,6 +184,54 @@ class BaseAttentionAdapter(nn.Module):
         """Give up the base attention: this adapter becomes a member of one that owns the base."""
         del self._modules[BASE]
         return self
+
+    @property
+    def carries_state(self) -> bool:
+        """Whether the output depends on what earlier calls have read, as a causal memory's does.
+
+        Such an adapter refuses to continue a sequence from its keys and values alone.
+        """
+        inner = (module for module in self.modules() if module is not self)
+        return any(isinstance(m, BaseAttentionAdapter) and m.carries_state for m in inner)
+
+    @property
+    def _base_name(self) -> str:
+        base = self._modules.get(BASE)
+        return type(self if base is None else base).__name__
+
+    def _state_of(self, cache: Any, rows: int) -> FastState:
+        """The fast state that a cache carries, for a batch of so many rows."""
+        known = cache.fast_state.rows
+        if known not in (None, rows):
+            raise ValueError(
+                f"the cache holds fast state of {known} rows, but the batch has {rows}: repeat "
+                "them (cache.batch_repeat_interleave(num_beams)), select them "
+                "(cache.batch_select_indices), or use another cache"
+            )
+        return cache.fast_state
+
+    def _check_nothing_missed(self, cache: Any) -> None:
+        """Raise if a cache without fast state holds tokens that a memory would have to know."""
+        layer = getattr(self, "layer_idx", None)
+        if layer is None or not self.carries_state:
+            return
+        if (seen := cache.get_seq_length(layer)) > 0:
+            raise ValueError(
+                f"the key-value cache holds {int(seen)} tokens that the fast weights of "
+                f"{self.slot or 'this layer'} would not know: generate with past_key_values="
+                "FastStateCache(model.config) from lightning_modules.generation, or pass "
+                "fast_state="
+            )
+
+
+def check_attention(attention: nn.Module) -> None:
+    """Raise TypeError if a module cannot be called as Hugging Face attention is."""
+    parameters = inspect.signature(attention.forward).parameters
+    if "hidden_states" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    raise TypeError(
+        f"{type(attention).__name__}.forward takes ({', '.join(parameters)}); {EXPECTED}"
+    )
 
 
 def gated(branch: Tensor, gate: Tensor | None) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_modules.adapters.base import BASE, BaseAttentionAdapter
+from lightning_modules.adapters.base import BASE, BaseAttentionAdapter, check_attention
 from lightning_modules.adapters.registry import create_attention_adapter
+from lightning_modules.adapters.token_mask import pass_token_masks, remove_token_masks
 
 ATTENTION_NAME = "self_attn"
 Pattern = str | int | Sequence[int]
@@ -39,6 +40,9 @@ def inject_adapters(
     the mode (train or eval) of the attention that they wrap. Either the whole plan is carried out
     or, on an error, nothing.
 
+    A decoder that gets a 2D `attention_mask` hands it down to its adapters as `mask`, so that
+    padding writes nothing; inject into the whole decoder, not into its layers, for that.
+
     Args:
         model: any model; Hugging Face decoders are.
         plan: specs, also as plain tuples. Different layers may get different adapters.
@@ -49,6 +53,7 @@ def inject_adapters(
     Raises:
         ValueError: a pattern that matches nothing or is ambiguous, or a layer that would get two
             adapters.
+        TypeError: a module that is not called as Hugging Face attention is.
     """
     attentions = {
         path: module
@@ -69,6 +74,7 @@ def inject_adapters(
     for path, adapter in adapters.items():
         adapter.slot = path
         _replace(model, path, adapter)
+    pass_token_masks(model, adapters)
     return adapters
 
 
@@ -83,6 +89,7 @@ def remove_adapters(model: nn.Module) -> list[str]:
         while isinstance(module, BaseAttentionAdapter):
             module = module.base_attention
         _replace(model, path, module)
+    remove_token_masks(model)
     return [path for path, _ in adapters]
 
 
@@ -135,6 +142,7 @@ def _no_match(attentions: dict[str, nn.Module], pattern: str | int) -> ValueErro
 
 
 def _build(attention: nn.Module, spec: AdapterSpec) -> BaseAttentionAdapter:
+    check_attention(attention)
     adapter = create_attention_adapter(attention, spec.adapter_type, spec.adapter_config)
     for parameter in attention.parameters():
         if parameter.is_floating_point():

@@ -95,6 +95,11 @@ class TTTAttentionAdapter(BaseAttentionAdapter):
                 module.reset_parameters()
 
     @property
+    def carries_state(self) -> bool:
+        """Whether TTT reads a sequence; without `causal` the call is the unit."""
+        return self.adapter_config.layer.causal
+
+    @property
     def replaces_attention(self) -> bool:
         """Whether attention is left out."""
         return self.adapter_config.ttt_mode == "replace_attn"

@@ -1,0 +1,40 @@
+"""Every adapter in every architecture, against the base model, the eager run, the full pass."""
+
+import pytest
+import torch
+from architecture_cases import ADAPTERS, ARCHITECTURES, adapted_model
+from capabilities import CAPABILITIES, compile_in_place, losses_and_gradients
+
+EAGER = [name for name in CAPABILITIES if name != "compile"]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("capability", EAGER)
+def test_capability_as_its_check_says(capability: str, architecture: str, adapter: str) -> None:
+    CAPABILITIES[capability](architecture, ADAPTERS[adapter])
+
+
+def _compile_rows() -> list[object]:
+    """Every architecture once, every adapter once: compiling takes seconds (the table has all)."""
+    fast = ("gemma3", "ttt")
+    rows = [(architecture, "ttt") for architecture in ARCHITECTURES]
+    rows += [("gemma3", adapter) for adapter in ADAPTERS if adapter != "ttt"]
+    return [pytest.param(*row, marks=[] if row == fast else pytest.mark.slow) for row in rows]
+
+
+@pytest.mark.parametrize(("architecture", "adapter"), _compile_rows())
+def test_compiled_in_place_equals_eager(architecture: str, adapter: str) -> None:
+    compile_in_place(architecture, ADAPTERS[adapter])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["ttt", "ttt_mlp"])
+def test_gradients_compiled_in_place_equal_eager(adapter: str) -> None:
+    eager, compiled = (adapted_model("llama", ADAPTERS[adapter]).train() for _ in range(2))
+    torch.compiler.reset()
+    compiled.compile(backend="aot_eager")
+    torch.testing.assert_close(losses_and_gradients(compiled), losses_and_gradients(eager))
+    theirs = dict(eager.named_parameters())
+    for name, parameter in compiled.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,150 @@
+"""Tiny random models of every architecture, and the adapters that go into each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from gemma_cases import randomise
+from torch import Tensor, nn
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from lightning_modules.adapters import BaseAttentionAdapter, inject_adapters
+from lightning_modules.adapters.base import BASE
+
+VOCABULARY, WINDOW = 41, 5
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": None,  # random models must not stop early
+    "pad_token_id": 0,
+}
+WINDOWS = {
+    "sliding_window": WINDOW,  # shorter than every sequence of the tests
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+
+ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SIZES)),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, **WINDOWS, query_pre_attn_scalar=16, attn_logit_softcapping=50.0)
+    ),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZES, **WINDOWS, query_pre_attn_scalar=16)
+    ),
+    "qwen2": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SIZES, tie_word_embeddings=True)  # as its small sizes do
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=True)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)),
+    "mistral": lambda: MistralForCausalLM(
+        MistralConfig(**SIZES, sliding_window=WINDOW, tie_word_embeddings=False)
+    ),
+}
+
+
+class AdapterCase(NamedTuple):
+    """An adapter as every architecture gets it in all layers.
+
+    Attributes:
+        adapter_type: registered name.
+        options: what `create_attention_adapter` takes.
+        zero: options with which it adds exactly nothing; None if it starts like that anyway.
+        carries_state: whether it has fast weights.
+        idle: shell patterns of parameters that take no part, e.g. of members not switched on.
+    """
+
+    adapter_type: str
+    options: dict[str, Any] | None = None
+    zero: dict[str, Any] | None = None
+    carries_state: bool = False
+    idle: tuple[str, ...] = ()
+
+
+MINI_BATCH = 4
+_LAYER = {"num_heads": 2, "causal": True, "mini_batch_size": MINI_BATCH}
+
+ADAPTERS: dict[str, AdapterCase] = {
+    "noop": AdapterCase("noop"),
+    "ttt": AdapterCase("ttt", {"layer": _LAYER}, {"layer": _LAYER, "alpha_init": 0.0}, True),
+    "ttt_mlp": AdapterCase(
+        "ttt",
+        {"ttt_mode": "parallel_attn", "layer": {**_LAYER, "kind": "mlp"}},
+        {"ttt_mode": "parallel_attn", "layer": {**_LAYER, "kind": "mlp"}, "alpha_init": 0.0},
+        True,
+    ),
+}
+
+STATEFUL = [(architecture, "ttt") for architecture in ARCHITECTURES] + [
+    ("gemma3", name) for name, case in ADAPTERS.items() if case.carries_state and name != "ttt"
+]
+"""(architecture, adapter): every architecture once, every adapter with fast weights once."""
+
+
+def build_model(architecture: str, attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:
+    """A random model without adapters, eval mode, float32, nothing at a special value."""
+    torch.manual_seed(seed)
+    model = randomise(ARCHITECTURES[architecture](), seed, scale=0.1)
+    model.tie_weights()
+    if model._supports_sdpa:  # Gemma2 (soft-capped logits) has eager and flex attention only
+        model.set_attn_implementation(attention)
+    return model.eval()
+
+
+def adapt_model(model: PreTrainedModel, case: AdapterCase, seed: int = 1) -> PreTrainedModel:
+    """Put the adapter into every layer, its parameters random: it does something."""
+    torch.manual_seed(seed)
+    adapters = inject_adapters(model, [("*", case.adapter_type, case.options)])
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for adapter in adapters.values():
+            for parameter in own_parameters(adapter).values():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.2 * noise.to(parameter))
+    return model
+
+
+def adapted_model(architecture: str, case: AdapterCase, attention: str = "sdpa") -> PreTrainedModel:
+    """`build_model` and `adapt_model`."""
+    return adapt_model(build_model(architecture, attention), case)
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What adapters add below a module, by name: everything that is not part of a base."""
+    found = {}
+    for path, adapter in module.named_modules():
+        if isinstance(adapter, BaseAttentionAdapter):
+            for name, parameter in adapter.named_parameters(prefix=path):
+                if f".{BASE}." not in f".{name}":
+                    found[name] = parameter
+    return found
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
+    """Random token ids `[rows, length]`, without padding and special tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCABULARY, (rows, length), generator=generator)
