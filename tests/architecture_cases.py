@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from adapter_cases import KINDS, SLOTS, own_parameters
 from gemma_cases import randomise
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -26,8 +27,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lightning_modules.adapters import BaseAttentionAdapter, inject_adapters
-from lightning_modules.adapters.base import BASE
+from lightning_modules.adapters import inject_adapters
 
 VOCABULARY, WINDOW = 41, 5
 SIZES = {
@@ -86,6 +86,11 @@ class AdapterCase(NamedTuple):
 
 
 MINI_BATCH = 4
+IDLE = {
+    "switch": ("*.members.fast.*", "*.members.low.*"),
+    "nested": ("*.either.members.other.*",),
+}
+"""Members of `adapter_cases.KINDS` that are switched off."""
 _LAYER = {"num_heads": 2, "causal": True, "mini_batch_size": MINI_BATCH}
 
 ADAPTERS: dict[str, AdapterCase] = {
@@ -97,6 +102,15 @@ ADAPTERS: dict[str, AdapterCase] = {
         {"ttt_mode": "parallel_attn", "layer": {**_LAYER, "kind": "mlp"}, "alpha_init": 0.0},
         True,
     ),
+    **{
+        kind: AdapterCase(
+            spec["adapter_type"],
+            spec["adapter_config"],
+            carries_state=bool(SLOTS[kind]),
+            idle=IDLE.get(kind, ()),
+        )
+        for kind, spec in KINDS.items()
+    },
 }
 
 STATEFUL = [(architecture, "ttt") for architecture in ARCHITECTURES] + [
@@ -131,17 +145,6 @@ def adapt_model(model: PreTrainedModel, case: AdapterCase, seed: int = 1) -> Pre
 def adapted_model(architecture: str, case: AdapterCase, attention: str = "sdpa") -> PreTrainedModel:
     """`build_model` and `adapt_model`."""
     return adapt_model(build_model(architecture, attention), case)
-
-
-def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """What adapters add below a module, by name: everything that is not part of a base."""
-    found = {}
-    for path, adapter in module.named_modules():
-        if isinstance(adapter, BaseAttentionAdapter):
-            for name, parameter in adapter.named_parameters(prefix=path):
-                if f".{BASE}." not in f".{name}":
-                    found[name] = parameter
-    return found
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> Tensor:

@@ -59,6 +59,11 @@ class SwitchAdapter(CompositeAdapter):
         """Whether the active member does."""
         return self.active is not None and self.members[self.active].replaces_attention
 
+    @property
+    def carries_state(self) -> bool:
+        """Whether the active member does."""
+        return self.active is not None and self.members[self.active].carries_state
+
     def adapt(
         self,
         attn_output: Tensor | None,
