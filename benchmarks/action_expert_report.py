@@ -66,12 +66,35 @@ def table(results: Results) -> str:
             f"{', '.join(str(run['execute']) for run in runs)} | {runs[0]['parameters']:,} | "
             f"{mean(run['training']['seconds'] for run in runs):.0f} |"
         )
-    first = next(iter(results.values()))[0]
-    trained, tried = first["training"], first
-    versions = ", ".join(f"{name} {version}" for name, version in trained["versions"].items())
-    return "\n".join(
-        [*lines, "", f"Trained on {trained['machine']} ({versions}); tried on {tried['machine']}."]
-    )
+    return "\n".join([*lines, "", *machines(results)]) + "\n"
+
+
+def machines(results: Results) -> list[str]:
+    """What was trained and tried where: a line per machine and set of versions."""
+    lines = []
+    for title, part in (("Trained", lambda run: run["training"]), ("Tried", lambda run: run)):
+        places = defaultdict(list)
+        for name, runs in results.items():
+            for run in runs:
+                versions = ", ".join(f"{k} {v}" for k, v in part(run)["versions"].items())
+                places[f"{part(run)['machine']} ({versions})"].append(f"{name}/{run['seed']}")
+        complete = len(places) == 1
+        for place, names in places.items():
+            what = "" if complete else f": {', '.join(_shortened(names, results))}"
+            lines.append(f"{title} on {place}{what}.")
+    return lines
+
+
+def _shortened(names: list[str], results: Results) -> list[str]:
+    """`trial/seed` names, where a trial all of whose seeds are there stands for them."""
+    by_trial = defaultdict(list)
+    for name in names:
+        trial, _, seed = name.rpartition("/")
+        by_trial[trial].append(seed)
+    return [
+        trial if len(seeds) == len(results[trial]) else f"{trial} (seed {', '.join(seeds)})"
+        for trial, seeds in by_trial.items()
+    ]
 
 
 def success(results: Results) -> Figure:

@@ -24,7 +24,8 @@ SHORT = (
 
 
 def benchmark(command: str, out: Path, *options: str) -> str:
-    arguments = [command, "--out", str(out), "--trials", "maze/carry_k4", "--seeds", "3"]
+    trials = ["maze/reset", "maze/carry_k8"]
+    arguments = [command, "--out", str(out), "--trials", *trials, "--seeds", "0", "--jobs", "2"]
     done = subprocess.run(
         [sys.executable, str(PROGRAM), *arguments, *options], capture_output=True, text=True
     )
@@ -34,15 +35,18 @@ def benchmark(command: str, out: Path, *options: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_trial_is_trained_evaluated_and_reported_once(tmp_path: Path) -> None:
+def test_trials_are_trained_evaluated_reported_and_drawn_once(tmp_path: Path) -> None:
     assert "not trained yet" in benchmark("evaluate", tmp_path)
-    assert "train maze/carry_k4 seed_3: done" in benchmark("train", tmp_path, *SHORT)
+    assert "train maze/carry_k8 seed_0: done" in benchmark("train", tmp_path, *SHORT)
     assert "done" not in benchmark("train", tmp_path, *SHORT)
     text = benchmark("evaluate", tmp_path)
-    assert "| maze/carry_k4 | state carried, k = 4 |" in text
-    result = json.loads((tmp_path / "maze" / "carry_k4" / "seed_3" / "result.json").read_text())
+    assert "| maze/carry_k8 | state carried, k = 8 |" in text
+    result = json.loads((tmp_path / "maze" / "carry_k8" / "seed_0" / "result.json").read_text())
     assert result["interval"][0] <= result["success"] <= result["interval"][1]
     assert [chunk for chunk, _, _ in result["norm_by_chunk"]][:3] == [0, 1, 2]
     assert all(norm > 0 for _, norm, _ in result["norm_by_chunk"])
     assert (tmp_path / "results.md").read_text() in text
     assert (tmp_path / "figures" / "maze_norm_by_chunk.png").stat().st_size > 1000
+    benchmark("draw", tmp_path)
+    assert (tmp_path / "figures" / "maze_paths.png").stat().st_size > 1000
+    assert (tmp_path / "figures" / "maze_episodes.gif").read_bytes().startswith(b"GIF89a")
