@@ -68,6 +68,7 @@ def _run(args: list[str] | None) -> None:
     """Build the LightningCLI and run the command (imports take seconds, so they are here)."""
     from lightning.pytorch import LightningDataModule
     from lightning.pytorch.cli import LightningCLI
+    from lightning.pytorch.utilities import rank_zero_warn
 
     import callbacks
     import datamodules
@@ -80,12 +81,26 @@ def _run(args: list[str] | None) -> None:
             getattr(package, name)  # classes resolve by short name once imported
 
     class CommandLine(LightningCLI):
+        def before_validate(self) -> None:
+            self._say_whose_weights("validate")
+
+        def before_test(self) -> None:
+            self._say_whose_weights("test")
+
         def before_predict(self) -> None:
+            self._say_whose_weights("predict")
             # Predictions go to a file; nobody would see the list that Lightning collects.
             self.config_init["predict"]["return_predictions"] = False
             trainer_callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
             if not any(isinstance(c, callbacks.PredictionWriter) for c in trainer_callbacks):
                 trainer_callbacks.append(callbacks.PredictionWriter())
+
+        def _say_whose_weights(self, command: str) -> None:
+            if self.config_init[command].ckpt_path is None:
+                rank_zero_warn(
+                    f"{command} without --ckpt_path uses the model as it is before training; "
+                    "for a trained one add --ckpt_path PATH"
+                )
 
     CommandLine(
         AdapterModule,
