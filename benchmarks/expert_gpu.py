@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,6 +121,7 @@ def main() -> int:
     """Parse the command line, check, measure, print the table."""
     options = arguments()
     device, size = torch.device(options.device), TINY if options.tiny else FULL
+    size = replace(size, expert=replace(size.expert, adarms=options.adarms))
     report, start = Report(options.out), time.perf_counter()
     signal.signal(signal.SIGALRM, _out_of_time)
     signal.alarm(options.seconds)
@@ -144,6 +146,12 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="two layers of width 32")
+    parser.add_argument(
+        "--adarms",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with the timestep modulation of pi0.5, or plain norms as in pi0",
+    )
     parser.add_argument("--modes", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--repeats", type=int, default=20, help="timed calls per case")
     parser.add_argument("--seconds", type=int, default=330, help="end the run after this time")
@@ -171,16 +179,18 @@ def check(report: Report, size: Size, device: torch.device) -> bool:
 
 def describe(report: Report, size: Size, device: torch.device) -> None:
     """Numbers of parameters; the machine's rate and what it makes of a training step at best."""
-    rate = matmul_rate(device, 64 if size is TINY else 8192)
+    rate = matmul_rate(device, 64 if size.backend == TINY.backend else 8192)
     tokens, floors = size.rows * (size.horizon + 1), []
     report.say(f"bf16 matrix product: {rate / 1e12:.3g} TFLOP/s")
     for ttt in (False, True):
         module = build(size, device, ttt)
         count = sum(parameter.numel() for parameter in module.parameters())
-        floors.append(6 * count * tokens / rate * 1000)
+        # The maps of the condition see two tokens a row, not all.
+        maps = sum(p.numel() for n, p in module.named_parameters() if ".dense." not in n)
+        floors.append(6 * maps * tokens / rate * 1000)
         report.say(
-            f"{'TTT' if ttt else 'no TTT'}: {count:,} parameters; 6 * parameters * {tokens} tokens "
-            f"at that rate: {floors[-1]:.3g} ms a training step"
+            f"{'TTT' if ttt else 'no TTT'}: {count:,} parameters, {maps:,} without modulation; "
+            f"6 * {maps:,} * {tokens} tokens at that rate: {floors[-1]:.3g} ms a training step"
         )
     report.say(f"These two, TTT / none: {floors[1] / floors[0]:.2f}")
 
