@@ -237,9 +237,9 @@ class ActionExpertModule(AdapterModule):
 
     def _absolute(self, actions: Tensor, state: Tensor) -> Tensor:
         """Actions `[B, A, D]` of which some dimensions are relative to the state `[B, S]`."""
-        dims = list(self.features["delta_actions"])
         actions = actions.clone()
-        actions[..., dims] += state[:, None, dims]
+        for dim in self.features["delta_actions"]:  # a list as index would be copied to the device
+            actions[..., dim] += state[:, None, dim]
         return actions
 
     def predict_chunk(

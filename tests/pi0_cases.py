@@ -8,13 +8,16 @@ import torch
 from expert_cases import STRIDE
 from expert_cases import make_chunk as make_state_chunk
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PI0Config, PI0ForConditionalGeneration
 
 from lightning_modules.action_expert import ActionExpertModule
 from lightning_modules.adapters import TTTAdapterConfig
 from lightning_modules.layers.ttt import TTTConfig
+from lightning_modules.models.flow_matching import euler_sample
 from lightning_modules.models.pi0_inputs import load_processor
 from lightning_modules.models.pi0_options import PI0Options, ProjectionLoRA
+from lightning_modules.streams import FastState, Slots
 
 TOP, WRIST = "observation.images.top", "observation.images.wrist"
 TASKS = {0: "Pick the cube.", 1: "Open the drawer, please."}
@@ -145,3 +148,32 @@ def save_official(folder: Path, **changes: Any) -> PI0ForConditionalGeneration:
     official.save_pretrained(folder)
     load_processor(PI0Options(config=CONFIG), config).tokenizer.save_pretrained(folder)
     return official
+
+
+def noise_and_time(seed: int, rows: int = 3) -> tuple[Tensor, Tensor]:
+    """Noise of the padded size, and a time for each row."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(rows, HORIZON, PADDED, generator=generator)
+    return noise, torch.rand(rows, generator=generator)
+
+
+def official_inputs(module: ActionExpertModule, chunk: dict[str, Any]) -> dict[str, Tensor]:
+    """Keywords of the official model for a chunk."""
+    state = F.pad(chunk["observation.state"], (0, PADDED - 5))
+    return {"state": state, **module.model.inputs(chunk, len(state))._asdict()}
+
+
+def sample(module: ActionExpertModule, chunk: dict[str, Any], noise: Tensor, steps: int) -> Tensor:
+    """As `sample_actions`, from given noise, padded dimensions included."""
+    with torch.no_grad():
+        observed = module.model.observe(chunk)
+        return euler_sample(lambda x, t: module.model(observed, x, t), noise, steps)
+
+
+def written(module: ActionExpertModule, seed: int, write: str) -> Slots:
+    """What one call on noise and time of that seed leaves as fast state."""
+    fast_state = FastState.transient()
+    noise, time = noise_and_time(seed)
+    observed = module.model.observe(make_chunk())
+    module.model(observed, noise, time, fast_state=fast_state, write=write)
+    return fast_state.outgoing

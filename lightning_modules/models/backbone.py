@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol, Self
 
 import torch
@@ -71,6 +72,11 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        """What `to`, `half`, `bfloat16` and Lightning's true-precision plugins call."""
+        with exact_frequencies(self):
+            return super()._apply(*args, **kwargs)
+
     def complete(self) -> None:
         """Called once when the adapters are in: decide which parameters are trained."""
 
@@ -81,6 +87,26 @@ class Backbone(nn.Module):
     def fingerprint(self) -> str | None:
         """Short hash of the parameters that checkpoints leave out; None if there are none."""
         return None
+
+
+@contextmanager
+def exact_frequencies(model: nn.Module) -> Iterator[None]:
+    """Keep the frequencies of positions and times as they are while a model changes its dtype.
+
+    Rounded to bfloat16 they are off by up to 0.4 %: an angle at position 500 by 2, and the fastest
+    of the time features, with 1571 t, by 6.
+    """
+    kept = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name.endswith("freq")
+    ]
+    yield
+    for module, name, buffer in kept:
+        now = module.get_buffer(name)
+        if now.dtype.itemsize < buffer.dtype.itemsize:
+            setattr(module, name, buffer.to(now.device))
 
 
 class BackboneOptions(Protocol):

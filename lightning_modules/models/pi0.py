@@ -29,6 +29,7 @@ from lightning_modules.models.backbone import (
     Backbone,
     Writers,
     action_tokens,
+    exact_frequencies,
     with_unseen_observation,
     write_mask,
 )
@@ -119,7 +120,8 @@ class PI0Expert(Backbone):
         if self.options.train == "lora":
             inject_adapter_in_model(_lora_config(self.options), dit)
         if self.options.vlm_dtype == "bfloat16":
-            vlm.to(torch.bfloat16)
+            with exact_frequencies(vlm):
+                vlm.to(torch.bfloat16)
         return frozenset(base)
 
     @property
@@ -220,12 +222,13 @@ class PI0Expert(Backbone):
         return self._left_out
 
     def fingerprint(self) -> str | None:
-        """Hash of names, shapes and first values of the frozen parameters."""
+        """Hash of names, shapes and some values, spread out, of the frozen parameters."""
         if self._hash is None and self._left_out:
             digest = hashlib.sha256()
             for name, parameter in self.named_parameters():
                 if name in self._left_out:
-                    values = parameter.detach().flatten()[:8].float().cpu().tolist()
+                    stride = max(1, parameter.numel() // 64)
+                    values = parameter.detach().flatten()[::stride].float().cpu().tolist()
                     digest.update(f"{name} {tuple(parameter.shape)} {values}".encode())
             self._hash = digest.hexdigest()[:16]
         return self._hash

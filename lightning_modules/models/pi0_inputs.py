@@ -96,7 +96,13 @@ class PI0Inputs(nn.Module):
         """Ids of `<bos>instruction\\n`, as they stand behind image tokens."""
         tokenizer = self.processor.tokenizer
         prompt = f"{self.processor.image_token}{tokenizer.bos_token}{text}\n"
-        ids = list(tokenizer(prompt)["input_ids"])[1:]
+        first, *ids = tokenizer(prompt)["input_ids"]
+        if first != self.processor.image_token_id:
+            raise ValueError(
+                f"the tokenizer puts token {first} before the pictures, pi0 reads nothing there: "
+                "switch off what adds it (add_bos_token), or name the model's own tokenizer as "
+                "pi0.processor"
+            )
         if len(ids) > PROMPT_LENGTH:
             raise ValueError(
                 f"the instruction {text!r} has {len(ids)} tokens, pi0 reads {PROMPT_LENGTH}: "

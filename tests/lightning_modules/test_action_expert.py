@@ -276,3 +276,23 @@ def test_compiled_training_equals_eager_with_carried_state(topics: set[str]) -> 
     expected, actual = losses_and_gradients(False), losses_and_gradients(True)
     # float32, other order of summation: a few units in the last place of the largest terms
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rotary_frequencies_survive_true_bfloat16() -> None:
+    right = make_module().model.rotary_emb.inv_freq
+    module = make_module().bfloat16()
+    assert torch.equal(module.model.rotary_emb.inv_freq, right)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
+    assert not torch.equal(right.bfloat16().float(), right), "power"
+
+
+def test_relative_actions_are_absolute_again_without_an_index_on_the_host() -> None:
+    module = make_module(features={"delta_actions": (2, 0)})
+    plain = make_module()
+    state = torch.randn(3, 5)
+    first, other = (
+        m.sample_actions(state, None, torch.Generator().manual_seed(2)) for m in (module, plain)
+    )
+    other[..., 0] += state[:, None, 0]
+    other[..., 2] += state[:, None, 2]
+    assert torch.equal(first, other)

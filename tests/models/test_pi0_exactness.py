@@ -1,52 +1,32 @@
 """The pi0 backbone against transformers' own model, bit for bit, and what the mistakes change."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from pi0_cases import CONFIG, PADDED, STRIDE, TASKS, make_chunk, make_pi0, save_official
+from pi0_cases import (
+    STRIDE,
+    TASKS,
+    make_chunk,
+    make_pi0,
+    noise_and_time,
+    official_inputs,
+    sample,
+    save_official,
+    written,
+)
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PI0ForConditionalGeneration
 
 from lightning_modules.action_expert import ActionExpertModule
-from lightning_modules.models.flow_matching import euler_sample
 from lightning_modules.streams import FastState, Slots
 
-HORIZON = CONFIG["chunk_size"]
 CLOSED = {"alpha_init": 0.0}
 
 
 @pytest.fixture
 def official(tmp_path: Path) -> tuple[Path, PI0ForConditionalGeneration]:
     return tmp_path, save_official(tmp_path)
-
-
-def noise_and_time(seed: int, rows: int = 3) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(rows, HORIZON, PADDED, generator=generator)
-    return noise, torch.rand(rows, generator=generator)
-
-
-def official_inputs(module: ActionExpertModule, chunk: dict[str, Any]) -> dict[str, Tensor]:
-    state = F.pad(chunk["observation.state"], (0, PADDED - 5))
-    return {"state": state, **module.model.inputs(chunk, len(state))._asdict()}
-
-
-def sample(module: ActionExpertModule, chunk: dict[str, Any], noise: Tensor, steps: int) -> Tensor:
-    """As `sample_actions`, from given noise, padded dimensions included."""
-    with torch.no_grad():
-        observed = module.model.observe(chunk)
-        return euler_sample(lambda x, t: module.model(observed, x, t), noise, steps)
-
-
-def written(module: ActionExpertModule, seed: int, write: str) -> Slots:
-    fast_state = FastState.transient()
-    noise, time = noise_and_time(seed)
-    observed = module.model.observe(make_chunk())
-    module.model(observed, noise, time, fast_state=fast_state, write=write)
-    return fast_state.outgoing
 
 
 def equal(a: Slots, b: Slots) -> bool:
