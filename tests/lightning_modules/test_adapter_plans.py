@@ -184,6 +184,25 @@ def test_rows_without_a_file_do_not_count_in_the_losses_of_routers(top_k: int | 
     assert all(value == 0 for fields in losses(none, 3).values() for value in fields.values())
 
 
+@pytest.mark.slow
+def test_compiled_training_equals_eager_with_the_losses_of_a_router() -> None:
+    def total_and_gradients(compiled: bool) -> tuple[Tensor, dict[str, Tensor | None]]:
+        module = planned("state", AdapterSpec(0, **ROUTED), ttt_state="carry_episode").train()
+        module.log = lambda *_, **__: None  # type: ignore[assignment]
+        if compiled:
+            torch.compiler.reset()
+            module.model.compile(backend="aot_eager")
+        module.streams.begin_step("train")
+        torch.manual_seed(0)
+        total = module.training_step([make_state_chunk(index) for index in range(2)], 0)
+        total.backward()
+        return total.detach(), {n: p.grad for n, p in module.named_parameters()}
+
+    # float32, other order of summation
+    expected, actual = total_and_gradients(False), total_and_gradients(True)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("backbone", MAKE)
 @pytest.mark.parametrize("kind", ["routed", "nested", "plain", "dataclass"])
 def test_a_checkpoint_carries_the_plan_to_policy_and_fresh_module(
