@@ -66,8 +66,8 @@ class ActionExpertModule(AdapterModule):
         ttt: the TTT adapter; None trains the control without TTT.
         ttt_layer_positions: layers with TTT: "all" or a list of indices; None means none.
         adapters: further adapters, of any kind, each with the layers of the expert that get it;
-            `[{pattern: "*", adapter_type: lora, adapter_config: {rank: 8}}]`. The options of TTT
-            and of the parameter groups hold for these, too.
+            `[{pattern: "*", adapter_type: lora, adapter_config: {rank: 8}}]`. `ttt_write`,
+            `ttt_state` and `groups` hold for them, too.
         ttt_write: tokens that update the fast weights; None takes `observation` when the state is
             carried through an episode and `all` otherwise.
         ttt_state: `reset` starts every call from the learned weights, `carry_denoise` carries
@@ -158,20 +158,14 @@ class ActionExpertModule(AdapterModule):
         self.features = dict(features)
         self.normalizer = Normalizer(statistics, self.normalization)
         self.model = self.backbone_options.build(features)
-        specs = (complete_spec(spec, self.model.cond_size) for spec in plan.values())
-        inject_adapters(
-            self.model.decoder,
-            [
-                AdapterSpec(f"layers.{layer}.self_attn", spec.adapter_type, spec.adapter_config)
-                for layer, spec in zip(plan, specs, strict=True)
-            ],
-        )
+        plan = [complete_spec(spec, self.model.cond_size) for spec in plan]
+        inject_adapters(self.model.decoder, plan)
         self.model.complete()
         if self.compile_model:
             self.model.compile()
 
-    def _check(self, features: Mapping[str, Any]) -> dict[int, AdapterSpec]:
-        """Make sure that options and data fit; returns the layers that get adapters."""
+    def _check(self, features: Mapping[str, Any]) -> list[AdapterSpec]:
+        """Make sure that options and data fit; returns one line per layer with an adapter."""
         horizon, stride = features["horizon"], features["stride"]
         if self.execution_horizon > horizon:
             raise ValueError(

@@ -75,8 +75,8 @@ def store_plan(plan: Sequence[AdapterSpec]) -> list[dict[str, Any]]:
     return [asdict(spec) for spec in plan]
 
 
-def lay_out(lines: Mapping[str, AdapterSpec], depth: int) -> dict[int, AdapterSpec]:
-    """Which layer gets which adapter.
+def lay_out(lines: Mapping[str, AdapterSpec], depth: int) -> list[AdapterSpec]:
+    """One line per layer that gets an adapter, its pattern the path of the layer's attention.
 
     Args:
         lines: lines of the plan by the name that a message gives them, e.g. `adapters[0]`.
@@ -85,23 +85,24 @@ def lay_out(lines: Mapping[str, AdapterSpec], depth: int) -> dict[int, AdapterSp
     Raises:
         ValueError: a pattern that fits no layer, or a layer that would get two adapters.
     """
+    paths = [f"layers.{index}.{ATTENTION_NAME}" for index in range(depth)]
     plan: dict[int, AdapterSpec] = {}
     source: dict[int, str] = {}
     for name, spec in lines.items():
-        for index in _layers(name, spec.pattern, depth):
+        for index in _layers(name, spec.pattern, paths):
             if index in plan:
                 raise ValueError(
                     f"layer {index} would get two adapters, from {source[index]} and from {name} "
                     f"(pattern {spec.pattern!r}): take it out of one of them, or combine both in "
                     "one line of adapter_type parallel, series, switch or routed"
                 )
-            plan[index], source[index] = spec, name
-    return dict(sorted(plan.items()))
+            plan[index], source[index] = replace(spec, pattern=paths[index]), name
+    return [plan[index] for index in sorted(plan)]
 
 
-def _layers(name: str, pattern: Pattern, depth: int) -> list[int]:
+def _layers(name: str, pattern: Pattern, paths: list[str]) -> list[int]:
     """Indices that a pattern stands for."""
-    paths = [f"layers.{index}.{ATTENTION_NAME}" for index in range(depth)]
+    depth = len(paths)
     if isinstance(pattern, str):
         found = [index for index, path in enumerate(paths) if fnmatchcase(path, pattern)]
         if not found:
@@ -115,4 +116,4 @@ def _layers(name: str, pattern: Pattern, depth: int) -> list[int]:
     if outside or not indices:
         what = f"layer {outside[0]} is not there" if outside else "no layer is given"
         raise ValueError(f"{name}: {what}; the decoder's {depth} layers are 0 to {depth - 1}")
-    return indices
+    return list(dict.fromkeys(indices))
