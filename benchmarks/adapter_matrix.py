@@ -4,7 +4,7 @@
     python benchmarks/adapter_matrix.py --adapters ttt --architectures gemma3 llama --full
 
 The checks are those of `tests/adapters/test_architectures.py` (`tests/capabilities.py`), on tiny
-random models. Ends with status 1 if one of them fails.
+random models; `generate` is sampling in pi0. Ends with status 1 if one of them fails.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "tests")]
 
 import torch  # noqa: E402
-from architecture_cases import ADAPTERS, ARCHITECTURES  # noqa: E402
-from capabilities import CAPABILITIES  # noqa: E402
+from architecture_cases import ADAPTERS  # noqa: E402
+from capabilities import CAPABILITIES, MODELS  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 Results = dict[tuple[str, str, str], bool]
@@ -34,7 +34,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name, known in (
-        ("architectures", ARCHITECTURES),
+        ("architectures", MODELS),
         ("adapters", ADAPTERS),
         ("capabilities", CAPABILITIES),
     ):

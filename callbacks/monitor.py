@@ -127,6 +127,7 @@ class Monitor(Callback):
                     "remove it from trainer.callbacks"
                 )
         self._entries: dict[str, _Entry] = {}
+        self._closed: list[tuple[str, _Entry]] = []
         self._step = 0
         self._flushed = 0
         self._drawn = 0
@@ -141,11 +142,12 @@ class Monitor(Callback):
     ) -> Mapping[str, float]:
         """Draw what is no scalar, and return the scalars by tag.
 
-        `results` holds the metrics by name; those of figures only when a figure is due.
+        `results` holds the metrics by name; those of figures only when a figure is due, and only
+        those of layers that no longer publish when adapters were switched.
         """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._entries = {}
+        self._entries, self._closed = {}, []
         self._flushed = self._drawn = trainer.global_step
 
     def on_train_batch_start(
@@ -169,6 +171,7 @@ class Monitor(Callback):
             with torch.no_grad():
                 for published, chunk, plan in chunks:
                     self.observe(ObservedChunk(published, chunk, plan, self._step, flushing))
+            self._write_closed(trainer)
         if self._due(trainer.global_step):
             n = self.figure_every_n_steps
             self._flush(trainer, draw=trainer.global_step // n > self._drawn // n)
@@ -187,6 +190,9 @@ class Monitor(Callback):
     ) -> MetricT:
         """The metric of that name with a row per slot, made on first use.
 
+        It is made anew when other layers publish than before, because `set_active` has switched
+        adapters; what the old one holds is then written at once, which waits for the device.
+
         Args:
             name: key in the results.
             slots: names of the rows.
@@ -195,13 +201,11 @@ class Monitor(Callback):
             in_figure: keep accumulating until a figure is due.
         """
         entry = self._entries.get(name)
+        if entry is not None and entry.slots != slots:
+            self._closed.append((name, entry))
+            entry = None
         if entry is None:
             entry = self._entries[name] = _Entry(slots, make(len(slots), device), in_figure)
-        if entry.slots != slots:
-            raise RuntimeError(
-                f"{type(self).__name__}: {name} was published by {entry.slots} and now by {slots}; "
-                "every step must publish from the same layers"
-            )
         return entry.metric  # type: ignore[return-value]
 
     def check_finite(
@@ -229,6 +233,20 @@ class Monitor(Callback):
         }
         if not entries:
             return
+        self._write(entries, trainer, step)
+        self._drawn = step if draw else self._drawn
+        for entry in entries.values():
+            entry.metric.reset()
+
+    def _write_closed(self, trainer: pl.Trainer) -> None:
+        """Write what layers published that no longer do, as of the step before this one."""
+        closed, self._closed = self._closed, []
+        for name, entry in closed:
+            if entry.metric.update_called:
+                self._write({name: entry}, trainer, max(self._flushed, self._step - 1))
+
+    def _write(self, entries: Mapping[str, _Entry], trainer: pl.Trainer, step: int) -> None:
+        """Merge, fetch, check and log; one transfer from the device."""
         if trainer.world_size > 1:
             all_reduce(entry.metric for entry in entries.values())
         results = _results(entries)
@@ -238,9 +256,6 @@ class Monitor(Callback):
         scalars = self.write(results, trainer, step)
         _stop_if_not_finite(type(self).__name__, scalars, step)
         log_scalars(trainer, scalars, step)
-        self._drawn = step if draw else self._drawn
-        for entry in entries.values():
-            entry.metric.reset()
 
 
 def _results(entries: Mapping[str, _Entry]) -> dict[str, SlotResult]:

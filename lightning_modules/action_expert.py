@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -11,7 +11,17 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_modules.adapters import TTTAdapterConfig, as_config, inject_adapters
+from lightning_modules.adapters import (
+    AdapterSpec,
+    TTTAdapterConfig,
+    as_config,
+    complete_spec,
+    inject_adapters,
+    lay_out,
+    parameter_group,
+    read_plan,
+    store_plan,
+)
 from lightning_modules.base import AdapterModule, Chunk, ParameterGroup, Schedule
 from lightning_modules.layers.normalization import Normalizer
 from lightning_modules.models.action_expert import ExpertConfig
@@ -55,6 +65,9 @@ class ActionExpertModule(AdapterModule):
         pi0: which model `pi0` loads, and what of it is trained.
         ttt: the TTT adapter; None trains the control without TTT.
         ttt_layer_positions: layers with TTT: "all" or a list of indices; None means none.
+        adapters: further adapters, of any kind, each with the layers of the expert that get it;
+            `[{pattern: "*", adapter_type: lora, adapter_config: {rank: 8}}]`. `ttt_write`,
+            `ttt_state` and `groups` hold for them, too.
         ttt_write: tokens that update the fast weights; None takes `observation` when the state is
             carried through an episode and `all` otherwise.
         ttt_state: `reset` starts every call from the learned weights, `carry_denoise` carries
@@ -68,11 +81,12 @@ class ActionExpertModule(AdapterModule):
             of compilation at the start. Only for `state`.
         schedule: learning rate over the run.
         groups: options of the parameter groups `base` (transformer), `adapter` (slow weights of
-            TTT, LoRA), `gate`, `fast` (learned initial fast weights and their step sizes).
+            TTT, LoRA), `gate` (also routers), `fast` (learned initial fast weights and their step
+            sizes).
 
     Raises:
-        ValueError: options of another backbone, TTT layers out of range, or data that does not
-            fit.
+        ValueError: options of another backbone, a layer that is not there or would get two
+            adapters, unknown adapters or options of them, or data that does not fit.
     """
 
     def __init__(
@@ -83,6 +97,7 @@ class ActionExpertModule(AdapterModule):
         pi0: PI0Options | None = None,
         ttt: TTTAdapterConfig | None = None,
         ttt_layer_positions: Literal["all"] | list[int] | None = "all",
+        adapters: list[AdapterSpec] | None = None,
         ttt_write: Writers | None = None,
         ttt_state: Literal["reset", "carry_denoise", "carry_episode"] = "reset",
         execution_horizon: int = 8,
@@ -96,6 +111,7 @@ class ActionExpertModule(AdapterModule):
         self.backbone_options = choose_backbone(backbone, expert=expert, pi0=pi0)
         self.ttt = ttt
         self.ttt_layer_positions = ttt_layer_positions
+        self.adapters = read_plan(adapters)
         self.ttt_state = ttt_state
         self.ttt_write = ttt_write or ("observation" if ttt_state == "carry_episode" else "all")
         self.execution_horizon = execution_horizon
@@ -138,20 +154,18 @@ class ActionExpertModule(AdapterModule):
             statistics: feature -> statistic -> values of the training data; None leaves them to
                 the checkpoint that is loaded next.
         """
-        layers = self._check(features)
+        plan = self._check(features)
         self.features = dict(features)
         self.normalizer = Normalizer(statistics, self.normalization)
         self.model = self.backbone_options.build(features)
-        if self.ttt is not None and layers:
-            config = replace(self.ttt, cond_size=self.model.cond_size)
-            plan = [(f"layers.{index}.self_attn", "ttt", config) for index in layers]
-            inject_adapters(self.model.decoder, plan)
+        plan = [complete_spec(spec, self.model.cond_size) for spec in plan]
+        inject_adapters(self.model.decoder, plan)
         self.model.complete()
         if self.compile_model:
             self.model.compile()
 
-    def _check(self, features: Mapping[str, Any]) -> tuple[int, ...]:
-        """Make sure that options and data fit; returns the layers that get TTT."""
+    def _check(self, features: Mapping[str, Any]) -> list[AdapterSpec]:
+        """Make sure that options and data fit; returns one line per layer with an adapter."""
         horizon, stride = features["horizon"], features["stride"]
         if self.execution_horizon > horizon:
             raise ValueError(
@@ -164,8 +178,11 @@ class ActionExpertModule(AdapterModule):
                 f"mode to stream and its stride to {self.execution_horizon}"
             )
         self.backbone_options.check(features)
+        lines = {f"adapters[{number}]": spec for number, spec in enumerate(self.adapters)}
         positions = None if self.ttt is None else self.ttt_layer_positions
-        return layer_positions(positions, self.backbone_options)
+        if layers := layer_positions(positions, self.backbone_options):
+            lines["ttt_layer_positions"] = AdapterSpec(list(layers), "ttt", self.ttt)
+        return lay_out(lines, self.backbone_options.num_layers)
 
     def chunk_loss(
         self, chunk: Chunk, fast_state: FastState, generator: torch.Generator | None
@@ -264,16 +281,11 @@ class ActionExpertModule(AdapterModule):
         return ActionExpertPolicy(self, seed=seed)
 
     def parameter_group(self, name: str) -> str:
-        """`gate`, `fast` and `adapter` inside a TTT adapter, `adapter` for LoRA, else `base`."""
-        if ".lora_" in name:
-            return "adapter"
-        if ".ttt" not in name:
-            return "base"
-        if "gate" in name:
-            return "gate"
-        leaf = name.rsplit(".", 1)[-1]
-        fast = ("W1", "b1", "W2", "b2", "learnable_ttt_lr_weight", "learnable_ttt_lr_bias")
-        return "fast" if leaf in fast else "adapter"
+        """What its adapter says, or `adapter` for LoRA by peft, or `base`."""
+        group = parameter_group(self, name)
+        if group is not None:
+            return group
+        return "adapter" if ".lora_" in name else "base"
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store options and sizes, so that `rebuild` needs nothing but the checkpoint.
@@ -288,6 +300,7 @@ class ActionExpertModule(AdapterModule):
                 **store_backbone(self.backbone_options),
                 "ttt": None if self.ttt is None else asdict(self.ttt),
                 "ttt_layer_positions": self.ttt_layer_positions,
+                "adapters": store_plan(self.adapters),
                 "ttt_write": self.ttt_write,
                 "ttt_state": self.ttt_state,
                 "execution_horizon": self.execution_horizon,

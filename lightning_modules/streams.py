@@ -108,6 +108,7 @@ class FastState:
         adapt: False reads the state without writing: layers leave their fast weights alone.
         listening: topics for which a monitor wants statistics (see `publish`).
         reading: where readers that do not adapt stand (see `reading`), shaped as `incoming`.
+        live: rows that have a file, bool `[B]`; None for all. The others count in no loss.
     """
 
     def __init__(
@@ -117,8 +118,10 @@ class FastState:
         adapt: bool = True,
         listening: Iterable[str] = frozenset(),
         reading: Slots | None = None,
+        live: Tensor | None = None,
     ) -> None:
         self.adapt = adapt
+        self.live = live
         self.published: Published = {}
         self.losses: dict[str, dict[str, Tensor]] = {}
         self._incoming: Slots = incoming or {}
@@ -168,6 +171,7 @@ class FastState:
             adapt=self.adapt,
             listening=self._listening,
             reading=_map_fields(self.reading, function),
+            live=None if self.live is None else function(self.live),
         )
 
     @property
@@ -303,7 +307,8 @@ class StreamState:
         if not restart:
             (rows or space.rows).check(plan)
         slots, reading = self._incoming(space, plan, chunk["is_first"], restart)
-        handle = FastState(slots, adapt=adapt, listening=self.listening, reading=reading)
+        live = chunk["stream_id"] != NO_STREAM if NO_STREAM in plan.stream_id else None
+        handle = FastState(slots, adapt=adapt, listening=self.listening, reading=reading, live=live)
         self.plans.append(plan)
         self.published.append(handle.published)
         self._last = handle

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from adapter_cases import KINDS, SLOTS, own_parameters
 from gemma_cases import randomise
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -30,6 +30,9 @@ from transformers import (
 from lightning_modules.adapters import inject_adapters
 
 VOCABULARY, WINDOW = 41, 5
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+"""float32 sums in another order (other matrix sizes) through two layers: about 50 ulp of 1."""
+
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -132,14 +135,18 @@ def build_model(architecture: str, attention: str = "sdpa", seed: int = 0) -> Pr
 def adapt_model(model: PreTrainedModel, case: AdapterCase, seed: int = 1) -> PreTrainedModel:
     """Put the adapter into every layer, its parameters random: it does something."""
     torch.manual_seed(seed)
-    adapters = inject_adapters(model, [("*", case.adapter_type, case.options)])
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for adapter in adapters.values():
-            for parameter in own_parameters(adapter).values():
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(0.2 * noise.to(parameter))
+    disturb(inject_adapters(model, [("*", case.adapter_type, case.options)]), seed)
     return model
+
+
+@torch.no_grad()
+def disturb(adapters: Mapping[str, nn.Module], seed: int = 1) -> None:
+    """Add noise to every parameter that belongs to the adapters."""
+    generator = torch.Generator().manual_seed(seed)
+    for adapter in adapters.values():
+        for parameter in own_parameters(adapter).values():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.2 * noise.to(parameter))
 
 
 def adapted_model(architecture: str, case: AdapterCase, attention: str = "sdpa") -> PreTrainedModel:

@@ -14,12 +14,16 @@ from typing import Any
 
 import torch
 from architecture_cases import (
+    ARCHITECTURES,
+    CLOSE,
     AdapterCase,
     adapted_model,
     build_model,
     own_parameters,
     tokens,
 )
+from pi0_capabilities import CHECKS as PI0_CHECKS
+from pi0_capabilities import PI0
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
@@ -30,9 +34,6 @@ from lightning_modules.streams import FastState
 
 LENGTH, NEW_TOKENS = 11, 7
 """Longer than the sliding window and than two mini-batches, and no multiple of either."""
-
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-"""float32 sums in another order (other matrix sizes) through two layers: about 50 ulp of 1."""
 
 
 def zero_gate(architecture: str, case: AdapterCase, attention: str = "sdpa") -> None:
@@ -140,7 +141,22 @@ def saves_the_base(architecture: str, case: AdapterCase) -> None:
     assert _saved(model) == before
 
 
-CAPABILITIES: dict[str, Callable[[str, AdapterCase], None]] = {
+MODELS = (*ARCHITECTURES, PI0)
+"""Rows of the table: language models, and the action expert of pi0."""
+
+Check = Callable[[str, AdapterCase], None]
+
+
+def _or_pi0(check: Check, of_pi0: Callable[[AdapterCase], None]) -> Check:
+    """The check of language models, or pi0's of the same name."""
+
+    def either(architecture: str, case: AdapterCase) -> None:
+        of_pi0(case) if architecture == PI0 else check(architecture, case)
+
+    return either
+
+
+_CHECKS: dict[str, Check] = {
     "zero gate": zero_gate,
     "train": train,
     "generate": generate,
@@ -150,7 +166,8 @@ CAPABILITIES: dict[str, Callable[[str, AdapterCase], None]] = {
     "sdpa and eager": attention_implementations,
     "save base": saves_the_base,
 }
-"""Title of the column -> check."""
+CAPABILITIES = {name: _or_pi0(check, PI0_CHECKS[name]) for name, check in _CHECKS.items()}
+"""Title of the column -> check of an adapter in one of `MODELS`."""
 
 
 def inject_zero(model: PreTrainedModel, case: AdapterCase) -> None:

@@ -8,6 +8,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_modules.policy import ActionExpertPolicy
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 EXPERIMENTS = sorted(CONFIGS.glob("*.yaml"))
 SIMULATED = [path for path in EXPERIMENTS if not path.stem.startswith("pi0")]
@@ -99,9 +101,46 @@ def test_config_is_complete_and_its_keys_are_known(path: Path, run_cli) -> None:
     assert "seed_everything: 0" in result.out
 
 
+ADAPTERS = CONFIGS / "adapters"
+ADAPTER_TAGS = {
+    "mixed": {"gate/ttt/mean/layer_01"},
+    "routed": {f"fast_weight/relative_change/layer_{n:02d}" for n in range(4)}
+    | {"train/router_balance", "train/router_z"},
+    "switch": {f"gate/ttt/mean/layer_{n:02d}" for n in range(4)},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ADAPTER_TAGS)
+def test_adapter_overlay_fits_tests_and_acts_from_its_checkpoint(
+    name: str, run_cli, tmp_path
+) -> None:
+    files = [CONFIGS / "quickstart.yaml", TINY, ADAPTERS / f"{name}.yaml"]
+    options = [part for path in files for part in ("--config", str(path))]
+    result = run_cli("fit", *options)
+    assert result.code == 0, result.err
+    run = tmp_path / "runs" / "quickstart" / "version_0"
+    events = EventAccumulator(str(run)).Reload()
+    written = set(events.Tags()["scalars"])
+    assert TAGS | ADAPTER_TAGS[name] <= written, sorted((TAGS | ADAPTER_TAGS[name]) - written)
+    assert ("gate/ttt/mean/layer_00" in written) == (name != "mixed")
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    groups = torch.load(checkpoint, weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert {group["name"].split("/")[0] for group in groups} == {"base", "adapter", "gate", "fast"}
+    assert run_cli("test", *options, "--ckpt_path", str(checkpoint)).code == 0
+    policy = ActionExpertPolicy.from_checkpoint(checkpoint)
+    plan = yaml.safe_load((ADAPTERS / f"{name}.yaml").read_text())["model"]["init_args"]["adapters"]
+    assert [spec.adapter_type for spec in policy.module.adapters] == [
+        line["adapter_type"] for line in plan
+    ]
+    policy.reset()
+    action = policy.select_action(torch.zeros(policy.module.features["state_dim"]))
+    assert torch.isfinite(action).all()
+
+
 def test_every_overlay_is_used_by_a_test() -> None:
     elsewhere = list((CONFIGS / "pi0").glob("*.yaml"))
-    assert set(OVERLAYS) == {TINY, *elsewhere}
+    assert set(OVERLAYS) == {TINY, *elsewhere, *(ADAPTERS / f"{n}.yaml" for n in ADAPTER_TAGS)}
 
 
 def test_control_of_fetch_pick_place_has_as_many_parameters_and_steps() -> None:

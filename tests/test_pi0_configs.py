@@ -18,7 +18,7 @@ from lightning_modules.policy import ActionExpertPolicy
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LARGE, TINY = CONFIGS / "pi0_ttt.yaml", CONFIGS / "pi0_ttt_tiny.yaml"
-OVERLAYS = sorted((CONFIGS / "pi0").glob("*.yaml"))
+OVERLAYS = [*sorted((CONFIGS / "pi0").glob("*.yaml")), CONFIGS / "adapters" / "mixed.yaml"]
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -16,11 +16,13 @@ from lightning_modules.adapters.inject import (
     AdapterSpec,
     base_state_dict,
     inject_adapters,
+    parameter_group,
     remove_adapters,
 )
 from lightning_modules.adapters.lora import LoRAAdapterConfig, LoRAAttentionAdapter
 from lightning_modules.adapters.merge import merge_adapters, unmerge_adapters
 from lightning_modules.adapters.noop import NoOpAttentionAdapter, NoOpConfig
+from lightning_modules.adapters.plan import complete_spec, lay_out, read_plan, store_plan
 from lightning_modules.adapters.registry import (
     as_config,
     create_attention_adapter,
@@ -56,11 +58,16 @@ __all__ = [
     "active_adapter",
     "as_config",
     "base_state_dict",
+    "complete_spec",
     "create_attention_adapter",
     "inject_adapters",
+    "lay_out",
     "merge_adapters",
+    "parameter_group",
+    "read_plan",
     "register_attention_adapter",
     "remove_adapters",
     "set_active",
+    "store_plan",
     "unmerge_adapters",
 ]

@@ -180,6 +180,14 @@ class BaseAttentionAdapter(nn.Module):
         """Why this cannot be folded exactly into the weights of the base; None if it can."""
         return f"{type(self).__name__} does not say that it can be merged exactly"
 
+    def parameter_group(self, name: str) -> str:
+        """Group in which a parameter of the adapter is trained: `adapter`, `gate` or `fast`.
+
+        Args:
+            name: of a parameter inside the adapter, e.g. `lora_A.weight`.
+        """
+        return "adapter"
+
     def detach_base(self) -> BaseAttentionAdapter:
         """Give up the base attention: this adapter becomes a member of one that owns the base."""
         del self._modules[BASE]

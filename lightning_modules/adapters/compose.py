@@ -113,6 +113,13 @@ class CompositeAdapter(BaseAttentionAdapter):
         for member in self.members.values():
             member.reset_parameters()
 
+    def parameter_group(self, name: str) -> str:
+        """What the member says that has the parameter (`members.<member>.<name>`)."""
+        if not name.startswith("members."):
+            return super().parameter_group(name)
+        _, member, inner = name.split(".", 2)
+        return self.members[member].parameter_group(inner)
+
     def merge_obstacle(self) -> str | None:
         """The first obstacle of a member."""
         for name, member in self.members.items():

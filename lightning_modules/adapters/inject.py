@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,17 +14,20 @@ from lightning_modules.adapters.registry import create_attention_adapter
 from lightning_modules.adapters.token_mask import pass_token_masks, remove_token_masks
 
 ATTENTION_NAME = "self_attn"
-Pattern = str | int | Sequence[int]
+Pattern = int | list[int] | str
 
 
-class AdapterSpec(NamedTuple):
+@dataclass(frozen=True)
+class AdapterSpec:
     """One line of a plan: which layers get which adapter.
 
-    Attributes:
+    Args:
         pattern: module paths as a shell pattern (`*`, `layers.[02].self_attn`), a layer index, or
-            a sequence of layer indices.
-        adapter_type: registered name, e.g. `ttt`.
-        adapter_config: its options, as `create_attention_adapter` takes them.
+            a list of layer indices.
+        adapter_type: registered name: `ttt`, `lora`, `noop`, `parallel`, `series`, `switch`,
+            `routed`.
+        adapter_config: its options, e.g. `{rank: 8}`; those that combine others take
+            `{members: {name: {adapter_type: ..., adapter_config: ...}}}`.
     """
 
     pattern: Pattern
@@ -45,7 +49,7 @@ def inject_adapters(
 
     Args:
         model: any model; Hugging Face decoders are.
-        plan: specs, also as plain tuples. Different layers may get different adapters.
+        plan: specs, or tuples of their fields. Different layers may get different adapters.
 
     Returns:
         The adapters by module path, which is also their `slot`.
@@ -62,7 +66,7 @@ def inject_adapters(
     }
     specs: dict[str, AdapterSpec] = {}
     for entry in plan:
-        spec = AdapterSpec(*entry)
+        spec = entry if isinstance(entry, AdapterSpec) else AdapterSpec(*entry)
         for path in _matches(attentions, spec.pattern):
             if path in specs or isinstance(attentions[path], BaseAttentionAdapter):
                 raise ValueError(
@@ -91,6 +95,24 @@ def remove_adapters(model: nn.Module) -> list[str]:
         _replace(model, path, module)
     remove_token_masks(model)
     return [path for path, _ in adapters]
+
+
+def parameter_group(model: nn.Module, name: str) -> str | None:
+    """What an adapter says of its parameter; None for parameters of the base.
+
+    Args:
+        model: has the parameter.
+        name: dotted name of the parameter in the model.
+    """
+    module, owner, inner = model, None, ""
+    parts = name.split(".")
+    for depth, part in enumerate(parts):
+        if part == BASE and isinstance(module, BaseAttentionAdapter):
+            owner = None
+        elif owner is None and isinstance(module, BaseAttentionAdapter):
+            owner, inner = module, ".".join(parts[depth:])
+        module = getattr(module, part)
+    return None if owner is None else owner.parameter_group(inner)
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -64,11 +64,21 @@ def create_attention_adapter(
     Raises:
         ValueError: unknown type or option, or options of another adapter.
     """
+    config = adapter_options(adapter_type, adapter_config)
+    return _ADAPTERS[adapter_type].adapter_class(base_attention, config)
+
+
+def adapter_options(adapter_type: str, adapter_config: Any | None = None) -> Any:
+    """Options of an adapter as its dataclass; arguments and errors as `create_attention_adapter`.
+
+    Options of members of a composite stay as they are.
+    """
     if adapter_type not in _ADAPTERS:
+        close = get_close_matches(str(adapter_type), _ADAPTERS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
         known = ", ".join(sorted(_ADAPTERS))
-        raise ValueError(f"unknown adapter type {adapter_type!r}; known types are {known}")
-    adapter_class, config_class = _ADAPTERS[adapter_type]
-    return adapter_class(base_attention, as_config(config_class, adapter_config, adapter_type))
+        raise ValueError(f"unknown adapter type {adapter_type!r}; known types are {known}{hint}")
+    return as_config(_ADAPTERS[adapter_type].config_class, adapter_config, adapter_type)
 
 
 def as_config(config_class: type[ConfigT], options: Any, where: str) -> ConfigT:

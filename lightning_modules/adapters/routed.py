@@ -77,7 +77,7 @@ class RoutedAdapter(CompositeAdapter):
     `w = softmax(x W^T + b)` in float32, x the input of attention at the token itself: causal. With
     `top_k` all but the largest become 0. The weight of a member gates what it writes, too: its
     fast weights learn from a token in steps of `w_i` times their size. Losses of the router count
-    in training mode, over the tokens of `mask`.
+    in training mode, over the tokens of `mask` in rows that have a file.
 
     Args:
         base_attention: attention with `config.hidden_size`.
@@ -97,6 +97,10 @@ class RoutedAdapter(CompositeAdapter):
         """Initialise the members and the router."""
         super().reset_parameters()
         init_router(self.router)
+
+    def parameter_group(self, name: str) -> str:
+        """`gate` for the router; see `BaseAttentionAdapter.parameter_group`."""
+        return "gate" if name.startswith("router.") else super().parameter_group(name)
 
     def mix(self, hidden_states: Tensor) -> Mixture:
         """Weights of the members for every token.
@@ -133,7 +137,7 @@ class RoutedAdapter(CompositeAdapter):
         """
         mixture, total = self.mix(hidden_states), None
         if fast_state is not None:
-            self._add_losses(fast_state, mixture, mask)
+            self._add_losses(fast_state, mixture, _counted(mask, fast_state.live, hidden_states))
             self._publish(fast_state, mixture, mask)
         context |= {"fast_state": fast_state, "mask": mask}
         for member, weight in zip(self.members.values(), mixture.weights.unbind(-1), strict=True):
@@ -166,3 +170,11 @@ class RoutedAdapter(CompositeAdapter):
             certainty = masked_mean(entropy(probabilities).unsqueeze(-1), mask, dim=1).squeeze(-1)
         share = load / (self.adapter_config.top_k or 1)
         fast_state.publish("router", self.own_slot(), load=share, entropy=certainty)
+
+
+def _counted(mask: Tensor | None, live: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """Tokens that count in a loss, bool `[B, T]` for tokens `[B, T, ...]`; None for all."""
+    if live is None:
+        return mask
+    rows = live.unsqueeze(-1).expand(tokens.shape[:2])
+    return rows if mask is None else rows & mask

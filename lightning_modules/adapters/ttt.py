@@ -16,6 +16,8 @@ from lightning_modules.streams import FastState
 
 TTTMode = Literal["after_attn", "after_residual", "parallel_attn", "replace_attn"]
 InputNorm = Literal["adarms", "rms", "none"]
+FAST = ("W1", "b1", "W2", "b2", "learnable_ttt_lr_weight", "learnable_ttt_lr_bias")
+"""Parameters of a `TTTLayer` that are fast weights at the start of a stream, or their steps."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,12 @@ class TTTAttentionAdapter(BaseAttentionAdapter):
     def replaces_attention(self) -> bool:
         """Whether attention is left out."""
         return self.adapter_config.ttt_mode == "replace_attn"
+
+    def parameter_group(self, name: str) -> str:
+        """`gate`, `fast` (learned initial fast weights, their step sizes) or `adapter`."""
+        if name.startswith("ttt_gate."):
+            return "gate"
+        return "fast" if name.rsplit(".", 1)[-1] in FAST else "adapter"
 
     def merge_obstacle(self) -> str:
         """TTT is no fixed linear map."""

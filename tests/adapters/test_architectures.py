@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from architecture_cases import ADAPTERS, ARCHITECTURES, adapted_model
-from capabilities import CAPABILITIES, compile_in_place, losses_and_gradients
+from architecture_cases import ADAPTERS, adapted_model
+from capabilities import CAPABILITIES, MODELS, losses_and_gradients
 
 EAGER = [name for name in CAPABILITIES if name != "compile"]
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", MODELS)
 @pytest.mark.parametrize("capability", EAGER)
 def test_capability_as_its_check_says(capability: str, architecture: str, adapter: str) -> None:
     CAPABILITIES[capability](architecture, ADAPTERS[adapter])
@@ -18,14 +18,14 @@ def test_capability_as_its_check_says(capability: str, architecture: str, adapte
 def _compile_rows() -> list[object]:
     """Every architecture once, every adapter once: compiling takes seconds (the table has all)."""
     fast = ("gemma3", "ttt")
-    rows = [(architecture, "ttt") for architecture in ARCHITECTURES]
+    rows = [(architecture, "ttt") for architecture in MODELS]
     rows += [("gemma3", adapter) for adapter in ADAPTERS if adapter != "ttt"]
     return [pytest.param(*row, marks=[] if row == fast else pytest.mark.slow) for row in rows]
 
 
 @pytest.mark.parametrize(("architecture", "adapter"), _compile_rows())
 def test_compiled_in_place_equals_eager(architecture: str, adapter: str) -> None:
-    compile_in_place(architecture, ADAPTERS[adapter])
+    CAPABILITIES["compile"](architecture, ADAPTERS[adapter])
 
 
 @pytest.mark.slow

@@ -83,28 +83,55 @@ class TouchesTheBase(TTTAttentionAdapter):
             base_attention.q_proj.weight.mul_(1.01)
 
 
-@pytest.mark.parametrize(
-    ("mistake", "capability"),
-    [
+@_mistake
+class TrainedOnly(TTTAttentionAdapter):
+    """Does less where no gradient is wanted, so that sampling is not what was trained."""
+
+    def delta(self, *args: Any, **context: Any) -> Tensor:
+        added = super().delta(*args, **context)
+        return added if torch.is_grad_enabled() else 0.9 * added
+
+
+COMPILES = pytest.param("Waits", "compile", marks=pytest.mark.slow)
+WRONG: dict[str, list[Any]] = {
+    "llama": [
         ("AlmostZero", "zero gate"),
         ("AlmostZero", "bf16"),
         ("AlmostZero", "sdpa and eager"),
         ("Idle", "train"),
         ("Forgetful", "generate"),
         ("CurrentState", "checkpointing"),
-        pytest.param("Waits", "compile", marks=pytest.mark.slow),
+        COMPILES,
         ("TouchesTheBase", "save base"),
     ],
-)
-def test_wrong_variant_fails_the_check(mistake: str, capability: str) -> None:
+}
+WRONG["pi0"] = [
+    ("TrainedOnly", "generate") if case == ("Forgetful", "generate") else case
+    for case in WRONG["llama"]  # every call of the sampler is fresh: nothing to forget
+]
+
+
+def rows(architecture: str) -> list[tuple[str, str]]:
+    return [tuple(getattr(case, "values", case)) for case in WRONG[architecture]]
+
+
+def check_fails(architecture: str, mistake: str, capability: str) -> None:
     case: AdapterCase = ADAPTERS["ttt"]._replace(adapter_type=f"wrong:{mistake}")
     with pytest.raises((AssertionError, RuntimeError)):
-        CAPABILITIES[capability]("llama", case)
+        CAPABILITIES[capability](architecture, case)
+
+
+@pytest.mark.parametrize(("mistake", "capability"), WRONG["llama"])
+def test_wrong_variant_fails_the_check(mistake: str, capability: str) -> None:
+    check_fails("llama", mistake, capability)
+
+
+@pytest.mark.parametrize(("mistake", "capability"), WRONG["pi0"])
+def test_wrong_variant_fails_the_check_of_pi0(mistake: str, capability: str) -> None:
+    check_fails("pi0", mistake, capability)
 
 
 def test_every_check_has_a_wrong_variant() -> None:
-    cases = [
-        getattr(c, "values", c) for c in test_wrong_variant_fails_the_check.pytestmark[0].args[1]
-    ]
-    assert {capability for _, capability in cases} == set(CAPABILITIES)
-    assert {mistake for mistake, _ in cases} == set(MISTAKES)
+    for architecture in WRONG:
+        assert {capability for _, capability in rows(architecture)} == set(CAPABILITIES)
+    assert {mistake for name in WRONG for mistake, _ in rows(name)} == set(MISTAKES)
