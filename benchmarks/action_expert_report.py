@@ -53,8 +53,8 @@ def table(results: Results) -> str:
     """One row per trial: success over all seeds with its interval, by seed, and the settings."""
     lines = [
         "| trial | what it is | success [95 % Wilson] | by seed | spread (sd) | executes | "
-        "parameters | training s |",
-        "|---|---|---|---|---|---|---|---|",
+        "parameters |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, runs in results.items():
         rates = [run["success"] for run in runs]
@@ -63,8 +63,7 @@ def table(results: Results) -> str:
             f"| {name} | {TRIALS[name].about} | {mean(rates):.2f} [{low:.2f}, {high:.2f}] | "
             f"{', '.join(f'{rate:.2f}' for rate in rates)} | "
             f"{stdev(rates) if len(rates) > 1 else 0:.2f} | "
-            f"{', '.join(str(run['execute']) for run in runs)} | {runs[0]['parameters']:,} | "
-            f"{mean(run['training']['seconds'] for run in runs):.0f} |"
+            f"{', '.join(str(run['execute']) for run in runs)} | {runs[0]['parameters']:,} |"
         )
     return "\n".join([*lines, "", *machines(results)]) + "\n"
 
