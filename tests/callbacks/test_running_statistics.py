@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from two_processes import in_two_processes
 
 from callbacks.statistics import (
     BinnedMean,
@@ -121,31 +120,20 @@ def test_to_host_keeps_names_shapes_and_large_integers() -> None:
     assert int(host["id"][0]) == 2**40 + 1
 
 
-def reduce_in_process(rank: int, folder: str) -> None:
+def reduce_in_process(rank: int, folder: Path) -> None:
     """Two processes see different values; each saves what it knows after the reduction."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
-    store = torch.distributed.FileStore(str(Path(folder, "store")), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     moments, binned, first = RunningMoments(2, CPU), BinnedMean(1, CPU, 2), FirstNonFinite(1, CPU)
     add_moments(moments, seed=rank)
     binned.update(torch.tensor([[1.0 + rank]]), torch.tensor([rank]))
     first.update(torch.tensor([[float("nan") if rank else 0.0]]), torch.tensor([5]), step=3)
     all_reduce([moments, binned, first])
     result = {**moments.compute(), "binned": binned.compute()["mean"], **first.compute()}
-    torch.save(result, Path(folder, f"{rank}.pt"))
-    torch.distributed.destroy_process_group()
+    torch.save(result, folder / f"{rank}.pt")
 
 
 @pytest.mark.slow
 def test_all_reduce_of_two_processes_equals_numpy_over_both(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    workers = [
-        context.Process(target=reduce_in_process, args=(rank, str(tmp_path))) for rank in (0, 1)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    in_two_processes(reduce_in_process, tmp_path)
     both = np.concatenate([add_moments(RunningMoments(2, CPU), seed) for seed in (0, 1)], axis=1)
     for rank in (0, 1):
         result = torch.load(tmp_path / f"{rank}.pt")

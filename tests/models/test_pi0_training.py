@@ -1,7 +1,5 @@
 """What of pi0 is trained, on what loss, and what recomputation and precision change."""
 
-import multiprocessing
-import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ from pi0_cases import CONFIG, PADDED, TOP, WRIST, make_chunk, make_pi0
 from spy import SyncSpy
 from torch import Tensor
 from transformers import PI0Config, PI0ForConditionalGeneration
+from two_processes import in_two_processes
 
 from lightning_modules.action_expert import ActionExpertModule
 from lightning_modules.models.pi0_cache import PrefixRecorder
@@ -213,10 +212,7 @@ class Losses(torch.nn.Module):
         return self.module.chunk_loss(make_chunk(index), FastState.transient(), None)
 
 
-def train_in_process(rank: int, folder: str, train: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
-    store = torch.distributed.FileStore(str(Path(folder, "store")), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+def train_in_process(rank: int, folder: Path, train: str) -> None:
     module = make_pi0(train=train, adarms=True).train()
     model = torch.nn.parallel.DistributedDataParallel(Losses(module), broadcast_buffers=False)
     for step in range(2):  # an unused parameter is reported by the second forward call
@@ -224,23 +220,13 @@ def train_in_process(rank: int, folder: str, train: str) -> None:
         torch.manual_seed(step)
         model(10 + rank).backward()
     gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
-    torch.save(gradients, Path(folder, f"{rank}.pt"))
-    torch.distributed.destroy_process_group()
+    torch.save(gradients, folder / f"{rank}.pt")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("train", ["expert", "all"])
 def test_two_processes_need_no_search_for_unused_parameters(tmp_path: Path, train: str) -> None:
-    context = multiprocessing.get_context("spawn")
-    workers = [
-        context.Process(target=train_in_process, args=(rank, str(tmp_path), train))
-        for rank in (0, 1)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0, 0]
+    in_two_processes(train_in_process, tmp_path, train)
     module = make_pi0(train=train, adarms=True).train()
     for rank in (0, 1):
         torch.manual_seed(1)
