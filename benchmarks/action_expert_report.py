@@ -62,7 +62,7 @@ def table(results: Results) -> str:
         lines.append(
             f"| {name} | {TRIALS[name].about} | {mean(rates):.2f} [{low:.2f}, {high:.2f}] | "
             f"{', '.join(f'{rate:.2f}' for rate in rates)} | "
-            f"{stdev(rates) if len(rates) > 1 else 0:.2f} | "
+            f"{f'{stdev(rates):.2f}' if len(rates) > 1 else '-'} | "
             f"{', '.join(str(run['execute']) for run in runs)} | {runs[0]['parameters']:,} |"
         )
     return "\n".join([*lines, "", *machines(results)]) + "\n"
