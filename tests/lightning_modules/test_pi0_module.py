@@ -1,6 +1,5 @@
 """pi0 as a policy is trained and used: fit on pictures, checkpoints, EMA, the closed loop."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from camera_folder import CAMERA, write_camera_folder
+from checkpoint_cases import save
 from pi0_cases import CONFIG, STRIDE, TASKS, TOP, WRIST, make_pi0, save_official
 
 from callbacks import EMA, FileBoundaryReset
@@ -18,17 +18,6 @@ from lightning_modules.adapters import TTTAdapterConfig
 from lightning_modules.layers.ttt import TTTConfig
 from lightning_modules.models.pi0_options import PI0Options
 from lightning_modules.policy import ActionExpertPolicy
-
-Change = Callable[[dict[str, Any]], Any]
-
-
-def save(module: ActionExpertModule, path: Path, change: Change | None = None) -> Path:
-    checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
-    module.on_save_checkpoint(checkpoint)
-    if change is not None:
-        change(checkpoint)
-    torch.save(checkpoint, path)
-    return path
 
 
 def observations(steps: int, rows: int = 2) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """A policy that is made from a checkpoint alone acts as the module that was saved."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from checkpoint_cases import save
 from expert_cases import FEATURES, HORIZON, STATE, STRIDE, make_chunk, make_module
 from torch.utils.data import DataLoader
 from toy_streams import same
@@ -19,18 +19,6 @@ from lightning_modules.layers.normalization import Normalizer
 from lightning_modules.layers.ttt import TTTConfig
 from lightning_modules.models.action_expert import ExpertConfig
 from lightning_modules.policy import ActionExpertPolicy
-
-Change = Callable[[dict[str, Any]], Any]
-
-
-def save(module: ActionExpertModule, path: Path, change: Change | None = None) -> Path:
-    """What Lightning's checkpoint holds of a module, changed if so wished."""
-    checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
-    module.on_save_checkpoint(checkpoint)
-    if change is not None:
-        change(checkpoint)
-    torch.save(checkpoint, path)
-    return path
 
 
 def actions(policy: ActionExpertPolicy, steps: int = 2 * STRIDE + 1) -> np.ndarray:
