@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
@@ -152,6 +153,16 @@ def disturb(adapters: Mapping[str, nn.Module], seed: int = 1) -> None:
 def adapted_model(architecture: str, case: AdapterCase, attention: str = "sdpa") -> PreTrainedModel:
     """`build_model` and `adapt_model`."""
     return adapt_model(build_model(architecture, attention), case)
+
+
+def assert_every_parameter_learns(model: nn.Module, case: AdapterCase) -> None:
+    """After a backward: gradients in all the adapter added, but for what is switched off."""
+    own = own_parameters(model)
+    assert bool(own) == (case.adapter_type != "noop")
+    still = {name for name, p in own.items() if p.grad is None or not p.grad.abs().max() > 0}
+    idle = {name for name in own if any(fnmatchcase(name, pattern) for pattern in case.idle)}
+    assert still == idle, f"no gradient: {still - idle}; a gradient where none was meant: {idle}"
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from architecture_cases import (
     CLOSE,
     AdapterCase,
     adapted_model,
+    assert_every_parameter_learns,
     build_model,
-    own_parameters,
     tokens,
 )
 from pi0_capabilities import CHECKS as PI0_CHECKS
@@ -57,12 +56,7 @@ def train(architecture: str, case: AdapterCase) -> None:
     """Two chunks of a stream, one backward: every parameter of the adapter learns."""
     model = adapted_model(architecture, case).train()
     losses_and_gradients(model)
-    own = own_parameters(model)
-    assert bool(own) == (case.adapter_type != "noop")
-    still = {name for name, p in own.items() if p.grad is None or not p.grad.abs().max() > 0}
-    idle = {name for name in own if any(fnmatchcase(name, pattern) for pattern in case.idle)}
-    assert still == idle, f"no gradient: {still - idle}; a gradient where none was meant: {idle}"
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert_every_parameter_learns(model, case)
 
 
 def generate(architecture: str, case: AdapterCase) -> None:

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from adapter_cases import own_parameters
-from architecture_cases import CLOSE, AdapterCase, disturb
+from architecture_cases import CLOSE, AdapterCase, assert_every_parameter_learns, disturb
 from pi0_cases import HORIZON, PADDED, make_chunk, make_pi0
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -57,12 +55,7 @@ def train(case: AdapterCase) -> None:
     """Two chunks of an episode, one backward: every parameter of the adapter learns."""
     module = adapted(case)
     losses_and_gradients(module)
-    own = own_parameters(module)
-    assert bool(own) == (case.adapter_type != "noop")
-    still = {name for name, p in own.items() if p.grad is None or not p.grad.abs().max() > 0}
-    idle = {name for name in own if any(fnmatchcase(name, pattern) for pattern in case.idle)}
-    assert still == idle, f"no gradient: {still - idle}; a gradient where none was meant: {idle}"
-    assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
+    assert_every_parameter_learns(module, case)
 
 
 def sampling(case: AdapterCase) -> None:
