@@ -10,6 +10,8 @@ from torch.autograd import gradcheck
 from torch.nn.functional import silu
 from ttt_cases import as_function, assert_same, outputs, relative_error
 
+from lightning_modules.ops.states import LaCTState
+
 STACKS = [(1, False), (1, True), (2, False), (2, True), (3, True), (4, False), (4, True)]
 
 
@@ -201,6 +203,21 @@ def test_without_adapting_chunks_end_and_the_weights_stay(backend: str) -> None:
         alone = case.rows(slice(row, row + 1)).with_tensors(**weights)
         assert relative_error(read[row : row + 1], alone.run(backend, chunk_size=16)[0]) < 1e-12
     assert relative_error(read, before) > 1e-2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_row_that_has_seen_nothing_is_zero_and_reads_as_a_fresh_one(backend: str) -> None:
+    case = make_case(time=11, chunk_size=4, prenorm=True)
+    mask = torch.tensor([[True], [False]]).expand(2, 11)
+    _, state = case.run(backend, mask=mask)
+    assert not any(x[1].any() for x in state)
+    # whatever else it holds, too
+    held = LaCTState(*(torch.full_like(x, 2) for x in state))
+    held = held._replace(tokens_seen=torch.zeros(2, dtype=torch.int64))
+    fresh = outputs(*case.run(backend))
+    assert_same(outputs(*case.with_state(held).run(backend)), fresh, 0, backend)
+    second = {name: x[1:] for name, x in outputs(*case.with_state(state).run(backend)).items()}
+    assert_same(second, {name: x[1:] for name, x in fresh.items()}, 0, backend)
 
 
 def test_naive_refuses_a_group(tmp_path: Path) -> None:
