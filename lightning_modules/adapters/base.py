@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_modules.generation import state_of
 from lightning_modules.streams import FastState
 
 BASE = "base_attention"
@@ -92,7 +93,7 @@ class BaseAttentionAdapter(nn.Module):
         context = {key: kwargs.pop(key) for key in CONTEXT_KEYS if key in kwargs}
         cache = kwargs.get("past_key_values") if context.get("fast_state") is None else None
         if carries := isinstance(getattr(cache, "fast_state", None), FastState):
-            context["fast_state"] = self._state_of(cache, len(hidden_states))
+            context["fast_state"] = state_of(cache, len(hidden_states))
         elif cache is not None:
             self._check_nothing_missed(cache)
         returned = self.attend(hidden_states, **kwargs)
@@ -206,17 +207,6 @@ class BaseAttentionAdapter(nn.Module):
     def _base_name(self) -> str:
         base = self._modules.get(BASE)
         return type(self if base is None else base).__name__
-
-    def _state_of(self, cache: Any, rows: int) -> FastState:
-        """The fast state that a cache carries, for a batch of so many rows."""
-        known = cache.fast_state.rows
-        if known not in (None, rows):
-            raise ValueError(
-                f"the cache holds fast state of {known} rows, but the batch has {rows}: repeat "
-                "them (cache.batch_repeat_interleave(num_beams)), select them "
-                "(cache.batch_select_indices), or use another cache"
-            )
-        return cache.fast_state
 
     def _check_nothing_missed(self, cache: Any) -> None:
         """Raise if a cache without fast state holds tokens that a memory would have to know."""

@@ -1,0 +1,191 @@
+"""The chunks of a LaCT call: which tokens are read and written when, and which stay pending.
+
+Every row goes through its chunks in step. In step n a row reads the tokens it has in chunk n,
+after it has written chunk n - 1 if chunk n continues its document: a full chunk is not written
+before the next token is there.
+
+`Even` rows are all cut alike, `Uneven` ones each on its own. Both have the same methods. Tokens are
+`[B, T, H, E]`, chunks `[H, B, m, E]`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lightning_modules.ops.grid import MoveRows, Progress
+
+
+class Step(NamedTuple):
+    """What happens at a chunk, in this order.
+
+    Attributes:
+        restart: rows that begin a document, bool `[B]`; None: none.
+        tokens: what is written: k, v, lr (and momentum) of the chunk before, `[H, B, C, E]`; None:
+            nothing.
+        rows: rows that write, bool `[B]`; None: all.
+        q: what is read, `[H, B, m, D]`.
+    """
+
+    restart: Tensor | None
+    tokens: tuple[Tensor, ...] | None
+    rows: Tensor | None
+    q: Tensor
+
+
+class Counts(NamedTuple):
+    """The integer fields of a state, `[B]` each."""
+
+    pending_count: Tensor
+    updates: Tensor
+    tokens_seen: Tensor
+    document_id: Tensor
+
+
+class Even(NamedTuple):
+    """Rows without masks, documents or a past.
+
+    Attributes:
+        time: T.
+        size: C.
+        adapt: whether chunks are written.
+    """
+
+    time: int
+    size: int
+    adapt: bool
+
+    @property
+    def fresh(self) -> None:
+        """No row of a state has to be told from the others: there is none."""
+
+    def steps(
+        self, q: Tensor, tokens: Sequence[Tensor], held: Sequence[Tensor] | None
+    ) -> list[Step]:
+        """All steps of the call; nothing is held back from an earlier one."""
+        queries = self._cut(q)
+        if not self.adapt:
+            return [Step(None, None, None, chunk) for chunk in queries]
+        writes = zip(*(self._cut(x) for x in tokens), strict=True)
+        before = [None, *list(writes)[:-1]]
+        return [Step(None, w, None, chunk) for w, chunk in zip(before, queries, strict=True)]
+
+    def _cut(self, x: Tensor) -> list[Tensor]:
+        return [part.permute(2, 0, 1, 3) for part in x.split(self.size, dim=1)]
+
+    def join(self, chunks: list[Tensor]) -> Tensor:
+        """The outputs of the steps as `[B, T, H, D]`."""
+        return torch.cat([x.permute(1, 2, 0, 3) for x in chunks], dim=1)
+
+    def pending(self, x: Tensor, held: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Those tokens of x that are in an open chunk, `[B, C, H, E]`, zero after the last."""
+        start = (self.time - 1) // self.size * self.size
+        return pad(x[:, start:].to(dtype), (0, 0, 0, 0, 0, start + self.size - self.time))
+
+    def counts(self, like: Tensor) -> Counts:
+        """The counts after the call."""
+        full = (self.time - 1) // self.size
+        counts = (self.time - full * self.size, full * self.adapt, self.time, 0)
+        return Counts(
+            *(
+                torch.full((like.shape[0],), n, dtype=torch.int64, device=like.device)
+                for n in counts
+            )
+        )
+
+
+class Slots(NamedTuple):
+    """A slot for every token: chunk after chunk, row after row inside one.
+
+    Attributes:
+        slot: of each token, -1 if it has none, `[B * S]`.
+        token: the inverse, the token in each slot, -1 if it is empty.
+        widths: slots of a row in each chunk.
+    """
+
+    slot: Tensor
+    token: Tensor
+    widths: list[int]
+
+    def cut(self, x: Tensor) -> list[Tensor]:
+        """Tokens `[B, S, H, E]` as chunks `[H, B, m, E]` (views), empty slots 0."""
+        batch, time, *inner = x.shape
+        rows = MoveRows.apply(x.reshape(batch * time, -1), self.token, self.slot)
+        parts = rows.split([batch * width for width in self.widths])
+        return [
+            part.view(batch, width, *inner).permute(2, 0, 1, 3)
+            for part, width in zip(parts, self.widths, strict=True)
+        ]
+
+    def join(self, chunks: list[Tensor]) -> Tensor:
+        """The inverse of `cut`, 0 for tokens without a slot."""
+        heads, batch, _, size = chunks[0].shape
+        rows = torch.cat([x.permute(1, 2, 0, 3).reshape(-1, heads * size) for x in chunks])
+        return MoveRows.apply(rows, self.slot, self.token).view(batch, -1, heads, size)
+
+
+class Uneven(NamedTuple):
+    """Rows that differ in what they hold: N chunks; S tokens, the state's before the call's.
+
+    Attributes:
+        reads: slots of the call's tokens; a chunk is as wide as some row needs it.
+        writes: slots of the S tokens in the first N - 1 chunks, of width C if some row writes it.
+        rows: rows that write the chunk before, for each chunk, bool `[B]`.
+        restarts: rows that begin a document, for each chunk; None: none does.
+        fresh: rows of the state that have seen nothing, bool `[B]`; None: none.
+        place: slot of each of the call's tokens in its chunk, `[B, T]`.
+        waits: the call's tokens that are pending after it, bool `[B, T]`.
+        kept: rows whose pending tokens are still so after the call, bool `[B]`.
+        updates: written chunks of the current document after the call, `[B]`.
+        progress: after the call.
+        size: C.
+    """
+
+    reads: Slots
+    writes: Slots
+    rows: Sequence[Tensor]
+    restarts: Sequence[Tensor | None]
+    fresh: Tensor | None
+    place: Tensor
+    waits: Tensor
+    kept: Tensor
+    updates: Tensor
+    progress: Progress
+    size: int
+
+    def steps(
+        self, q: Tensor, tokens: Sequence[Tensor], held: Sequence[Tensor] | None
+    ) -> list[Step]:
+        """All steps of the call; `held` are the pending tokens of the state."""
+        writes: list[tuple[Tensor, ...] | None] = [None] * len(self.rows)
+        if any(self.writes.widths):
+            if held is not None:
+                tokens = [torch.cat(pair, dim=1) for pair in zip(held, tokens, strict=True)]
+            chunks = zip(*(self.writes.cut(x) for x in tokens), strict=True)
+            for n, (width, chunk) in enumerate(zip(self.writes.widths, chunks, strict=True)):
+                writes[n + 1] = chunk if width else None
+        queries = self.reads.cut(q)
+        parts = zip(self.restarts, writes, self.rows, queries, strict=True)
+        return [Step(*part) for part in parts]
+
+    def join(self, chunks: list[Tensor]) -> Tensor:
+        """As in `Even`."""
+        return self.reads.join(chunks)
+
+    def pending(self, x: Tensor, held: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """As in `Even`; `held` are the pending tokens of the state."""
+        if held is None:
+            batch, _, *inner = x.shape
+            buffer = x.new_zeros(batch, self.size, *inner, dtype=dtype)
+        else:
+            buffer = held.to(dtype).masked_fill(~self.kept[:, None, None, None], 0)
+        # A free slot is 0: adding is writing, and tokens that do not wait add 0 somewhere.
+        waiting = x.masked_fill(~self.waits[..., None, None], 0).to(dtype)
+        return buffer.scatter_add_(1, self.place[..., None, None].expand_as(x), waiting)
+
+    def counts(self, like: Tensor) -> Counts:
+        """As in `Even`."""
+        count, seen, document = self.progress
+        return Counts(count, self.updates, seen, document)
