@@ -137,7 +137,7 @@ class Uneven(NamedTuple):
         fresh: rows of the state that have seen nothing, bool `[B]`; None: none.
         place: slot of each of the call's tokens in its chunk, `[B, T]`.
         waits: the call's tokens that are pending after it, bool `[B, T]`.
-        kept: rows whose pending tokens are still so after the call, bool `[B]`.
+        kept: slots of the state's pending tokens that are still so after the call, bool `[B, C]`.
         updates: written chunks of the current document after the call, `[B]`.
         progress: after the call.
         size: C.
@@ -180,7 +180,7 @@ class Uneven(NamedTuple):
             batch, _, *inner = x.shape
             buffer = x.new_zeros(batch, self.size, *inner, dtype=dtype)
         else:
-            buffer = held.to(dtype).masked_fill(~self.kept[:, None, None, None], 0)
+            buffer = held.to(dtype).masked_fill(~self.kept[..., None, None], 0)
         # A free slot is 0: adding is writing, and tokens that do not wait add 0 somewhere.
         waiting = x.masked_fill(~self.waits[..., None, None], 0).to(dtype)
         return buffer.scatter_add_(1, self.place[..., None, None].expand_as(x), waiting)

@@ -46,23 +46,28 @@ def plan(
         return Even(time, size, adapt)
     before = Progress.of(state, q)
     seen = before.tokens_seen > 0
-    before = before._replace(pending_count=torch.where(seen, before.pending_count, 0))
+    before = Progress(*(torch.where(seen, x, 0) for x in before))
     pending = 0 if state is None else size
     grid, after = plan_grid(q, mask, document_ids, before, size, pending, lazy=True)
     slot = grid.slot.view(batch, -1)
     chunk, place = slot.div(batch * size, rounding_mode="floor"), slot % size
-    held = (slot[:, :pending] >= 0).sum(1)
+    held = slot[:, :pending] >= 0
+    ahead = held.sum(1)
     writing = _writing(grid, adapt)
     if state is None and document_ids is None:
         facts = _bounds(len(writing), size, time, adapt)
     else:
-        facts = _read_facts(grid, held, writing, ~seen)
+        facts = _read_facts(grid, ahead, writing, ~seen)
     closes = torch.cat([writing[1:], torch.zeros_like(writing[:1])])
     is_written = (chunk >= 0) & closes.gather(0, chunk.mT.clamp(min=0)).mT
     chunk_, place_ = chunk[:, pending:], place[:, pending:]
-    ahead = torch.where(chunk_ == 0, held.unsqueeze(1), 0)
     return Uneven(
-        reads=_slots(chunk_, place_ - ahead, chunk_ >= 0, facts.widths),
+        reads=_slots(
+            chunk_,
+            place_ - torch.where(chunk_ == 0, ahead.unsqueeze(1), 0),
+            chunk_ >= 0,
+            facts.widths,
+        ),
         writes=_slots(chunk, place, is_written, [size * some for some in facts.writes[1:]]),
         rows=writing.unbind(0)[: len(facts.widths)],
         restarts=[
@@ -72,7 +77,7 @@ def plan(
         fresh=~seen if state is not None and facts.fresh else None,
         place=place_,
         waits=(chunk_ >= 0) & (chunk_ == grid.last.unsqueeze(1)),
-        kept=(held > 0) & (grid.last == 0),
+        kept=held & (grid.last == 0).unsqueeze(1),
         updates=_updates(state, seen, writing, grid.restart),
         progress=after,
         size=size,
@@ -92,9 +97,9 @@ def _bounds(count: int, size: int, time: int, adapt: bool) -> _Facts:
     return _Facts(widths, [False] + [adapt] * (count - 1), [False] * count, False)
 
 
-def _read_facts(grid: Grid, held: Tensor, writing: Tensor, fresh: Tensor) -> _Facts:
+def _read_facts(grid: Grid, ahead: Tensor, writing: Tensor, fresh: Tensor) -> _Facts:
     """The facts from the device, without the chunks at the end that no row reaches."""
-    reading = torch.cat([grid.fill[:1] - held, grid.fill[1:]])
+    reading = torch.cat([grid.fill[:1] - ahead, grid.fill[1:]])
     restart = torch.zeros_like(writing) if grid.restart is None else grid.restart
     rows = [reading.amax(1), writing.any(1), restart.any(1), fresh.any().expand(len(writing))]
     widths, writes, restarts, some_fresh = torch.stack([x.long() for x in rows]).tolist()
