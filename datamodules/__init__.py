@@ -11,9 +11,15 @@ _HOMES = {
     "ActionChunkDataModule": "datamodules.action_chunks",
     "RecordedSimulation": "datamodules.action_chunks",
     "StreamDataModule": "datamodules.base",
+    "TextStreamDataModule": "datamodules.text_streams",
 }
 
-__all__ = ["ActionChunkDataModule", "RecordedSimulation", "StreamDataModule"]
+__all__ = [
+    "ActionChunkDataModule",
+    "RecordedSimulation",
+    "StreamDataModule",
+    "TextStreamDataModule",
+]
 
 
 def __getattr__(name: str) -> Any:
