@@ -9,6 +9,7 @@ from typing import Any
 
 _HOMES = {
     "ActionChunkDataModule": "datamodules.action_chunks",
+    "RecallDataModule": "datamodules.recall",
     "RecordedSimulation": "datamodules.action_chunks",
     "StreamDataModule": "datamodules.base",
     "TextStreamDataModule": "datamodules.text_streams",
@@ -16,6 +17,7 @@ _HOMES = {
 
 __all__ = [
     "ActionChunkDataModule",
+    "RecallDataModule",
     "RecordedSimulation",
     "StreamDataModule",
     "TextStreamDataModule",

@@ -7,7 +7,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from datamodules.documents import Document, Skipped, TextSource
+from datamodules.documents import EMPTY, Document, Skipped, TextSource
 from datamodules.splits import unit_hash
 
 LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -36,6 +36,7 @@ class DatasetCorpus:
             )
         self.rows = rows.select_columns([source.column])
         self.key: str = f"datasets:{self.rows._fingerprint}"
+        self.content_hash = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -55,9 +56,7 @@ class DatasetCorpus:
     def _document(self, name: str, text: Any) -> Document | Skipped:
         if isinstance(text, str):
             content = text.encode("utf-8")
-            return (
-                Document(name, content, unit_hash(content)) if content else Skipped(name, "empty")
-            )
+            return Document(name, content, unit_hash(content)) if content else Skipped(name, EMPTY)
         reason = f"{type(text).__name__}, not text"
         if self.strict:
             raise ValueError(

@@ -14,8 +14,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from datamodules.splits import unit_hash
 
+EMPTY = "empty"
 # Tests of the standard library, and what others installed below it.
-NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+NOT_STDLIB = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
+# Written when Python was built: paths and flags of that machine.
+BUILD_SETTINGS = ("_sysconfigdata", "config-")
 MAGIC = frozenset("*?[")
 
 
@@ -71,7 +74,7 @@ class Document(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A document that is not used, and why."""
+    """A document that is not used, and why; `EMPTY` is no mistake."""
 
     name: str
     reason: str
@@ -80,8 +83,15 @@ class Skipped(NamedTuple):
 class Corpus(Protocol):
     """Documents in an order that does not change, each with its content in UTF-8."""
 
-    key: str
-    """Changes when the documents do."""
+    @property
+    def key(self) -> str:
+        """Changes when the documents do."""
+        ...
+
+    @property
+    def content_hash(self) -> str | None:
+        """SHA-256 of names and contents; None where finding out would take long."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -134,7 +144,7 @@ class FileCorpus:
             except (OSError, UnicodeDecodeError) as error:
                 yield self._skip(name, path, error)
                 continue
-            yield Document(name, content, unit_hash(name)) if content else Skipped(name, "empty")
+            yield Document(name, content, unit_hash(name)) if content else Skipped(name, EMPTY)
 
     def _skip(self, name: str, path: Path, error: OSError | UnicodeDecodeError) -> Skipped:
         if isinstance(error, UnicodeDecodeError):
@@ -148,17 +158,18 @@ class FileCorpus:
         return Skipped(name, reason)
 
     @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of names and contents in order, the same on every machine."""
+        digest = hashlib.sha256()
+        for item in self:
+            if isinstance(item, Document):
+                update_hash(digest, item)
+        return digest.hexdigest()
+
+    @property
     def key(self) -> str:
-        """Hash of all names and contents: `content_hash` of the documents."""
-        return content_hash(item for item in self if isinstance(item, Document))
-
-
-def content_hash(documents: Iterator[Document]) -> str:
-    """SHA-256 of names and contents in order, the same on every machine."""
-    digest = hashlib.sha256()
-    for document in documents:
-        update_hash(digest, document)
-    return digest.hexdigest()
+        """The hash of the content: reading files is fast beside tokenising them."""
+        return self.content_hash
 
 
 def update_hash(digest: Any, document: Document) -> None:
@@ -169,7 +180,7 @@ def update_hash(digest: Any, document: Document) -> None:
 
 
 def stdlib_files() -> dict[str, Path]:
-    """Python files of the running interpreter's standard library, without its tests."""
+    """Python files of the interpreter's standard library, without tests and build settings."""
     root = Path(sysconfig.get_path("stdlib"))
     files = {name: path for name, path in _below(root, NOT_STDLIB).items() if name.endswith(".py")}
     if not files:
@@ -215,7 +226,7 @@ def _split_glob(path: Path) -> tuple[Path, str]:
     return Path(*parts[:first]), "/".join(parts[first:])
 
 
-def _below(root: Path, left_out: set[str] = frozenset()) -> dict[str, Path]:
+def _below(root: Path, left_out: frozenset[str] = frozenset()) -> dict[str, Path]:
     """All files below a folder; a folder that cannot be listed stands for its files."""
     files: dict[str, Path] = {}
 

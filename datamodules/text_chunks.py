@@ -8,6 +8,8 @@ input and a label; every token but the first is a label exactly once, also where
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -41,7 +43,7 @@ class DocumentStreams:
         self.pad_id = pad_id
         places = store.lengths[documents] - 1
         self.num_labels = int(places.sum())
-        self.lengths: list[int] = (-(-places // chunk_length)).tolist()
+        self.lengths: Sequence[int] = (-(-places // chunk_length)).tolist()
 
     def __getitem__(self, request: ChunkRequest) -> dict[str, Tensor]:
         """The chunk that the sampler asks for."""
@@ -79,7 +81,7 @@ class PackedDocuments:
         ends = np.cumsum(places)
         starts = ends - places
         self.num_labels = int(ends[-1])
-        self.lengths: list[int] = [1] * -(-self.num_labels // chunk_length)
+        self.lengths: Sequence[int] = [1] * -(-self.num_labels // chunk_length)
         rows = np.arange(len(self.lengths)) * chunk_length
         # Where a document or a row begins, another id does.
         self._begins = np.union1d(starts, rows)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -81,9 +83,10 @@ class TextStreamDataModule(StreamDataModule):
     def prepare_data(self) -> None:
         """Tokenise the documents unless that was done; other processes wait."""
         tokenise(self._path, self._corpus, self.tokenizer_config, self.val_fraction)
+        print(", ".join(f"{name} {value}" for name, value in self.provenance.items()))
 
     @cached_property
-    def _path(self) -> Any:
+    def _path(self) -> Path:
         return store_path(
             self.cache, self.source.name, self._corpus, self.tokenizer_config, self.val_fraction
         )
@@ -152,15 +155,16 @@ class TextStreamDataModule(StreamDataModule):
     def provenance(self) -> dict[str, Any]:
         """Where the numbers of a benchmark come from: print it beside them.
 
-        `source`, `python_version` and `content_hash` (of names and contents), `documents`,
-        `bytes`, `tokens`, `skipped` (empty, unreadable or not UTF-8), `too_short` (left out by
+        `source`, `python_version`, `content_hash` (of names and contents), `documents`, `bytes`,
+        `tokens`, `skipped` (unreadable or not UTF-8), `empty`, `too_short` (left out by
         `min_tokens`), `train_documents` and `val_documents`.
         """
         training, validation = self._split
         kept = len(training) + len(validation)
-        names = ("python_version", "content_hash", "documents", "bytes", "tokens", "skipped")
+        names = ("content_hash", "documents", "bytes", "tokens", "skipped", "empty")
         return {
             "source": self.source.name,
+            "python_version": platform.python_version(),
             **{name: self.store.meta[name] for name in names},
             "too_short": self.store.meta["documents"] - kept,
             "train_documents": len(training),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import numpy as np
 from rich.progress import track
 
 from datamodules.atomic_folder import AtomicFolder
-from datamodules.documents import Corpus, Document, Skipped, describe_skips, update_hash
+from datamodules.documents import EMPTY, Corpus, Document, Skipped, describe_skips, update_hash
 from datamodules.splits import split_by_hash
 from datamodules.tokenization import (
     ByteTokenizer,
@@ -108,6 +107,7 @@ def tokenise(path: Path, corpus: Corpus, config: TokenizerConfig, val_fraction: 
 
     Raises:
         ValueError: no document can be used.
+        RuntimeError: files changed meanwhile.
     """
     if path.exists():
         return
@@ -119,13 +119,13 @@ def tokenise(path: Path, corpus: Corpus, config: TokenizerConfig, val_fraction: 
     with target:
         tokenizer = _make_tokenizer(config, corpus, val_fraction)
         meta = _write_documents(target.folder, corpus, tokenizer)
+        if corpus.content_hash not in (None, meta["content_hash"]):
+            raise RuntimeError("documents changed while they were read; run again")
         if config.kind != "bytes":
             tokenizer.save(target.folder / TOKENIZER)
         _write_json(target.folder / META, {**meta, "vocab_size": tokenizer.vocab_size})
     print(
-        f"tokenised {meta['documents']} documents, {meta['bytes']} bytes, {meta['tokens']} tokens "
-        f"(python {meta['python_version']}, content {meta['content_hash'][:12]}) in "
-        f"{time.perf_counter() - started:.1f} s: {path}"
+        f"tokenised {meta['documents']} documents in {time.perf_counter() - started:.1f} s: {path}"
     )
 
 
@@ -190,8 +190,9 @@ def _write_documents(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> dict
             update_hash(digest, item)
             writer.add(item.content)
         writer.flush()
-    if skipped:
-        warnings.warn(describe_skips(skipped, len(corpus)), stacklevel=2)
+    mistakes = [skip for skip in skipped if skip.reason != EMPTY]
+    if mistakes:
+        warnings.warn(describe_skips(mistakes, len(corpus)), stacklevel=2)
     if not names:
         raise ValueError(
             f"there is nothing to read: {describe_skips(skipped, len(corpus))}; name a source "
@@ -204,10 +205,10 @@ def _write_documents(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> dict
         "documents": len(names),
         "bytes": size,
         "tokens": sum(writer.lengths),
-        "skipped": len(skipped),
+        "skipped": len(mistakes),
+        "empty": len(skipped) - len(mistakes),
         "dtype": writer.dtype,
         "content_hash": digest.hexdigest(),
-        "python_version": ".".join(map(str, sys.version_info[:3])),
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 BYTES = 256
+BYTE_BOS, BYTE_EOS, BYTE_PAD = range(BYTES, BYTES + 3)
 SPECIAL_TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 
 
@@ -72,14 +73,16 @@ class ByteTokenizer:
     """One token per byte of UTF-8; nothing is lost, nothing is learned."""
 
     vocab_size = BYTES + 3
-    bos_id, eos_id, pad_id = BYTES, BYTES + 1, BYTES + 2
+    bos_id: int | None = BYTE_BOS
+    eos_id: int | None = BYTE_EOS
+    pad_id = BYTE_PAD
 
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """Tokens `[L + 2]` uint16 of every document of L bytes."""
         encoded = []
         for document in documents:
             tokens = np.empty(len(document) + 2, dtype=np.uint16)
-            tokens[0], tokens[-1] = self.bos_id, self.eos_id
+            tokens[0], tokens[-1] = BYTE_BOS, BYTE_EOS
             tokens[1:-1] = np.frombuffer(document, dtype=np.uint8)
             encoded.append(tokens)
         return encoded
@@ -131,7 +134,9 @@ class PretrainedTokenizer:
         """A byte-level BPE as GPT-2's, learned from `texts`; every text can be encoded."""
         from transformers import GPT2Tokenizer
 
-        untrained = GPT2Tokenizer(vocab={}, merges=[], unk_token=None, **SPECIAL_TOKENS)
+        # Every byte is in the alphabet, so there is no unknown token.
+        options: dict[str, Any] = {"unk_token": None, **SPECIAL_TOKENS}
+        untrained = GPT2Tokenizer(vocab={}, merges=[], **options)
         return cls(untrained.train_new_from_iterator(texts, vocab_size, show_progress=False))
 
     @property
