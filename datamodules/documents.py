@@ -61,8 +61,7 @@ class TextSource:
         """Short name for messages and folders."""
         if self.path is None:
             return self.kind
-        parts = [part for part in Path(self.path).parts if not MAGIC & set(part)]
-        return Path(*parts).resolve().name if parts else self.kind
+        return _split_glob(Path(self.path).expanduser())[0].resolve().name or self.kind
 
 
 class Document(NamedTuple):
@@ -157,19 +156,26 @@ class FileCorpus:
             )
         return Skipped(name, reason)
 
-    @cached_property
+    @property
     def content_hash(self) -> str:
         """SHA-256 of names and contents in order, the same on every machine."""
-        digest = hashlib.sha256()
-        for item in self:
-            if isinstance(item, Document):
-                update_hash(digest, item)
-        return digest.hexdigest()
+        return self._hashes[0]
 
     @property
     def key(self) -> str:
-        """The hash of the content: reading files is fast beside tokenising them."""
-        return self.content_hash
+        """Hash of the content and of what is skipped: reading is fast beside tokenising."""
+        return self._hashes[1]
+
+    @cached_property
+    def _hashes(self) -> tuple[str, str]:
+        digest, skipped = hashlib.sha256(), []
+        for item in self:
+            if isinstance(item, Document):
+                update_hash(digest, item)
+            else:
+                skipped.append(item)
+        content = digest.hexdigest()
+        return content, hashlib.sha256(repr([content, skipped]).encode()).hexdigest()
 
 
 def update_hash(digest: Any, document: Document) -> None:
@@ -182,7 +188,11 @@ def update_hash(digest: Any, document: Document) -> None:
 def stdlib_files() -> dict[str, Path]:
     """Python files of the interpreter's standard library, without tests and build settings."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = {name: path for name, path in _below(root, NOT_STDLIB).items() if name.endswith(".py")}
+    files = {
+        name: path
+        for name, path in _below(root, NOT_STDLIB).items()
+        if name.endswith(".py") and not name.startswith(BUILD_SETTINGS)
+    }
     if not files:
         raise FileNotFoundError(
             f"{sys.executable} has no standard library as files below {root}; "
@@ -211,7 +221,7 @@ def find_files(path: str) -> dict[str, Path]:
             raise FileNotFoundError(f"{path} does not exist; name a folder, a file or a glob")
         found = fixed.glob(pattern) if fixed.is_dir() else ()
         files = _without_aliases(
-            {name: p for p in found if not p.is_dir() and not _hidden(name := _name(p, fixed))}
+            {name: p for p in found if _is_file(p) and not _hidden(name := _name(p, fixed))}
         )
     if not files:
         raise FileNotFoundError(
@@ -237,13 +247,18 @@ def _below(root: Path, left_out: frozenset[str] = frozenset()) -> dict[str, Path
         folders[:] = [name for name in folders if not _hidden(name) and name not in left_out]
         for name in names:
             path = Path(folder, name)
-            if not _hidden(name) and (path.is_file() or path.is_symlink()):
+            if _is_file(path) and not _hidden(name):
                 files[_name(path, root)] = path
     return _without_aliases(files)
 
 
 def _name(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix()
+
+
+def _is_file(path: Path) -> bool:
+    """Also for a link that leads nowhere, which is to be reported; not for pipes and devices."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def _hidden(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -83,6 +84,8 @@ class TextStreamDataModule(StreamDataModule):
     def prepare_data(self) -> None:
         """Tokenise the documents unless that was done; other processes wait."""
         tokenise(self._path, self._corpus, self.tokenizer_config, self.val_fraction)
+        if self.store.meta["skip_report"]:
+            warnings.warn(self.store.meta["skip_report"], stacklevel=2)
         print(", ".join(f"{name} {value}" for name, value in self.provenance.items()))
 
     @cached_property

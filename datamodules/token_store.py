@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -180,7 +180,8 @@ def _write_documents(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> dict
     digest, size = hashlib.sha256(), 0
     writer = _Writer(folder, tokenizer.encode)
     with writer.file:
-        for item in track(corpus, description="tokenising", total=len(corpus), transient=True):
+        progress = {"description": "tokenising", "disable": not sys.stdout.isatty()}
+        for item in track(corpus, total=len(corpus), transient=True, **progress):
             if isinstance(item, Skipped):
                 skipped.append(item)
                 continue
@@ -191,8 +192,6 @@ def _write_documents(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> dict
             writer.add(item.content)
         writer.flush()
     mistakes = [skip for skip in skipped if skip.reason != EMPTY]
-    if mistakes:
-        warnings.warn(describe_skips(mistakes, len(corpus)), stacklevel=2)
     if not names:
         raise ValueError(
             f"there is nothing to read: {describe_skips(skipped, len(corpus))}; name a source "
@@ -206,6 +205,7 @@ def _write_documents(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> dict
         "bytes": size,
         "tokens": sum(writer.lengths),
         "skipped": len(mistakes),
+        "skip_report": describe_skips(mistakes, len(corpus)) if mistakes else None,
         "empty": len(skipped) - len(mistakes),
         "dtype": writer.dtype,
         "content_hash": digest.hexdigest(),
