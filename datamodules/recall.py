@@ -98,6 +98,7 @@ class RecallDataModule(StreamDataModule):
             "eos_id": None,
             "pad_id": PAD,
             "chunk_length": self.chunk_length,
+            "tbptt": self.tbptt,
             "mode": "stream",
             "tokenizer": self.probe.kind,
         }

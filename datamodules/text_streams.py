@@ -140,8 +140,8 @@ class TextStreamDataModule(StreamDataModule):
         """What a model must know of the data: plain values, stored in its checkpoints.
 
         `vocab_size` (special tokens included), `bos_id`, `eos_id` (None where the tokenizer has
-        none), `pad_id` (a token that exists; masked wherever it stands), `chunk_length`, `mode`
-        and `tokenizer` (its kind, or the name of a pretrained one).
+        none), `pad_id` (a token that exists; masked wherever it stands), `chunk_length`, `tbptt`,
+        `mode` and `tokenizer` (its kind, or the name of a pretrained one).
         """
         tokenizer = self.tokenizer
         return {
@@ -150,6 +150,7 @@ class TextStreamDataModule(StreamDataModule):
             "eos_id": tokenizer.eos_id,
             "pad_id": tokenizer.pad_id,
             "chunk_length": self.chunk_length,
+            "tbptt": self.tbptt,
             "mode": self.mode,
             "tokenizer": self.tokenizer_config.name or self.tokenizer_config.kind,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -59,6 +60,10 @@ class LanguageModule(AdapterModule):
             }
         )
 
+    @property
+    def _takes_positions(self) -> bool:
+        return "position_ids" in inspect.signature(self.model.forward).parameters
+
     @abstractmethod
     def build_model(self, features: Mapping[str, Any]) -> PreTrainedModel:
         """The model with its adapters, called once; `features` are those of the DataModule."""
@@ -108,7 +113,7 @@ class LanguageModule(AdapterModule):
         for name in ("mask", "document_ids"):
             if name in chunk:
                 context[name] = chunk[name]
-        if "document_ids" in chunk:
+        if "document_ids" in chunk and self._takes_positions:
             # A model whose attention knows no documents takes them from positions that restart.
             context["position_ids"] = position_in_document(chunk["document_ids"])
         return self.model(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_modules.layers.lact_options import LaCTSizes
 from lightning_modules.layers.lact_statistics import TOPICS, InnerProblem, publish_statistics
-from lightning_modules.layers.rope import rotary_table, rotate_halves
+from lightning_modules.layers.rope import document_positions, rotary_table, rotate_halves
 from lightning_modules.layers.window_attention import (
     WindowPlan,
     WindowState,
@@ -31,10 +31,10 @@ BASE_LR = 1e-3
 
 
 class LaCTLayerState(NamedTuple):
-    """What a layer carries: the window of its attention, and its memory."""
+    """What a layer carries: the window of its attention and its memory, None where it has none."""
 
-    window: WindowState
-    memory: LaCTState
+    window: WindowState | None
+    memory: LaCTState | None
 
 
 class LowRankFastWeight(nn.Module):
@@ -115,7 +115,7 @@ class LaCTLayer(FastNetworks):
     normalised and rotated. The inner learning rates `softplus(W x + softplus^-1(0.001))`, the
     momentum `sigmoid(W x)` and the scale of what is read come from x, per token and head.
     Parameters have the names of the published layer; in a stack of r > 1 networks theirs begin
-    with `stacked_mlps.<j>`.
+    with `stacked_mlps.<j>`. Without one of the two branches the layer has no parameters of it.
 
     Args:
         sizes: options.
@@ -123,12 +123,19 @@ class LaCTLayer(FastNetworks):
 
     def __init__(self, sizes: LaCTSizes) -> None:
         nn.Module.__init__(self)
-        hidden, heads = sizes.hidden_size, sizes.memory.num_lact_heads
+        hidden = sizes.hidden_size
         self.sizes = sizes
         self.qkv = nn.Linear(hidden, 3 * hidden, bias=sizes.attention.qkv_bias)
         if sizes.attention.attn_qk_norm:
             self.q_norm = nn.RMSNorm(hidden, eps=EPS)
             self.k_norm = nn.RMSNorm(hidden, eps=EPS)
+        if sizes.remembers:
+            self._add_memory(sizes)
+        self.o_proj = nn.Linear(hidden, hidden, bias=False)
+        self.reset_parameters()
+
+    def _add_memory(self, sizes: LaCTSizes) -> None:
+        hidden, heads = sizes.hidden_size, sizes.memory.num_lact_heads
         self.qk_scale = nn.Parameter(torch.empty(hidden, 2))
         self.qk_offset = nn.Parameter(torch.empty(hidden, 2))
         if sizes.memory.r == 1:
@@ -141,14 +148,13 @@ class LaCTLayer(FastNetworks):
         if sizes.features.learnable_ttt_scale:
             self.ttt_scale_proj = nn.Linear(hidden, heads)
         self.ttt_norm = nn.RMSNorm(sizes.head, eps=EPS)
-        self.o_proj = nn.Linear(hidden, hidden, bias=False)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Scale 1, offset 0, and the networks drawn; submodules initialise themselves."""
         super().reset_parameters()
-        nn.init.ones_(self.qk_scale)
-        nn.init.zeros_(self.qk_offset)
+        if self.sizes.remembers:
+            nn.init.ones_(self.qk_scale)
+            nn.init.zeros_(self.qk_offset)
 
     @property
     def fast_weights(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,8 +170,13 @@ class LaCTLayer(FastNetworks):
         mask: Tensor | None = None,
         document_ids: Tensor | None = None,
         state: WindowState | None = None,
-    ) -> WindowPlan:
-        """What layers that read the same tokens can share; arguments as `plan_window`."""
+    ) -> WindowPlan | None:
+        """What layers that read the same tokens can share; None without attention.
+
+        Arguments are those of `plan_window`.
+        """
+        if not self.sizes.attends:
+            return None
         window = self.sizes.attention.window_size
         return plan_window(x, window, mask=mask, document_ids=document_ids, state=state)
 
@@ -203,16 +214,25 @@ class LaCTLayer(FastNetworks):
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         dtype = torch.promote_types(x.dtype, torch.float32)
         theta = self.sizes.attention.rope_theta
-        table = rotary_table(plan.positions, self.sizes.attention_head, theta, dtype)
-        attention = [self._attention_heads(i) for i in (q, k, v)]
-        attention[:2] = [rotate_halves(i, table) for i in attention[:2]]
-        attended, window = window_attention(*attention, plan, window)
-        problem = self._inner_problem(x, q, k, v, table, mask, document_ids)
-        read, after = self._remember(problem, memory, fast_state)
-        if fast_state is not None and any(map(fast_state.listens, TOPICS)):
-            publish_statistics(self, fast_state, slot, problem, memory, after)
-        out = self.o_proj(attended.flatten(2) + self._scaled(read, x).flatten(2))
-        return out, LaCTLayerState(window, after)
+        if plan is None:
+            positions = document_positions(x, mask, document_ids, memory)
+        else:
+            positions = plan.positions
+        table = rotary_table(positions, self.sizes.attention_head, theta, dtype)
+        branches = []
+        if plan is not None:
+            attention = [self._attention_heads(i) for i in (q, k, v)]
+            attention[:2] = [rotate_halves(i, table) for i in attention[:2]]
+            attended, window = window_attention(*attention, plan, window)
+            branches.append(attended.flatten(2))
+        if self.sizes.remembers:
+            problem = self._inner_problem(x, q, k, v, table, mask, document_ids)
+            read, after = self._remember(problem, memory, fast_state)
+            if fast_state is not None and any(map(fast_state.listens, TOPICS)):
+                publish_statistics(self, fast_state, slot, problem, memory, after)
+            memory = after
+            branches.append(self._scaled(read, x).flatten(2))
+        return self.o_proj(sum(branches)), LaCTLayerState(window, memory)
 
     def _attention_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.sizes.attention.num_attn_heads, -1))

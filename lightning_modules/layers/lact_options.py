@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 MuonDtype = Literal["bfloat16", "float32", "float64"]
+Branches = Literal["both", "attention", "memory"]
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class LaCTUpdateConfig:
     def __post_init__(self) -> None:
         _check_count("lact_chunk_size", self.lact_chunk_size)
         _check_count("lr_dim", self.lr_dim)
-        choices = MuonDtype.__args__  # type: ignore[attr-defined]
+        choices = get_args(MuonDtype)
         if self.muon_dtype not in choices:
             raise ValueError(
                 f"muon_dtype={self.muon_dtype!r} is unknown: choose one of {', '.join(choices)}"
@@ -132,6 +133,7 @@ class LaCTSizes:
         memory: options of the fast networks.
         features: options of what they are given.
         update: options of how they learn.
+        branches: `both`, or only one of them.
     """
 
     hidden_size: int
@@ -139,8 +141,14 @@ class LaCTSizes:
     memory: LaCTMemoryConfig
     features: LaCTFeatureConfig
     update: LaCTUpdateConfig
+    branches: Branches = "both"
 
     def __post_init__(self) -> None:
+        if self.branches not in get_args(Branches):
+            raise ValueError(
+                f"branches={self.branches!r} is unknown: choose one of "
+                f"{', '.join(get_args(Branches))}"
+            )
         _check_count("hidden_size", self.hidden_size)
         _check_divides(self.hidden_size, "num_attn_heads", self.attention.num_attn_heads)
         _check_divides(self.hidden_size, "num_lact_heads", self.memory.num_lact_heads)
@@ -174,6 +182,16 @@ class LaCTSizes:
             )
 
     @property
+    def attends(self) -> bool:
+        """Whether there is attention."""
+        return self.branches != "memory"
+
+    @property
+    def remembers(self) -> bool:
+        """Whether there is a memory."""
+        return self.branches != "attention"
+
+    @property
     def attention_head(self) -> int:
         """Channels of an attention head."""
         return self.hidden_size // self.attention.num_attn_heads
@@ -190,9 +208,11 @@ class LaCTSizes:
 
     def doubts(self) -> list[str]:
         """What is allowed, but most likely not meant."""
+        if not self.remembers:
+            return []
         found, chunk = [], self.update.lact_chunk_size
         window = self.attention.window_size
-        if window is not None and window < chunk:
+        if self.attends and window is not None and window < chunk:
             found.append(
                 f"window_size={window} is less than lact_chunk_size={chunk}: a token then sees "
                 "nothing of the older part of its own chunk, neither by attention nor in the "

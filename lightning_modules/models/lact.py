@@ -70,14 +70,14 @@ class LaCTBlock(GradientCheckpointingLayer):
         """What the layer carries into this call; None: nothing yet."""
         window = fast_state.read(f"{self.slot}.window", WindowState)
         memory = fast_state.read(self.slot, LaCTState)
-        return None if window is None or memory is None else LaCTLayerState(window, memory)
+        return None if window is None and memory is None else LaCTLayerState(window, memory)
 
     def forward(
         self,
         hidden_states: Tensor,
         *,
         fast_state: FastState,
-        plan: WindowPlan,
+        plan: WindowPlan | None,
         mask: Tensor | None = None,
         document_ids: Tensor | None = None,
     ) -> Tensor:
@@ -91,8 +91,10 @@ class LaCTBlock(GradientCheckpointingLayer):
             fast_state=fast_state,
             slot=self.slot,
         )
-        fast_state.write(f"{self.slot}.window", window)
-        fast_state.write(self.slot, memory)
+        if window is not None:
+            fast_state.write(f"{self.slot}.window", window)
+        if memory is not None:
+            fast_state.write(self.slot, memory)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 

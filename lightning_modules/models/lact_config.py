@@ -45,6 +45,7 @@ class LaCTConfig(PreTrainedConfig):
         norm_eps: of the RMSNorms around layers (those inside have 1e-5).
         initializer_range: standard deviation of linear maps and embeddings at the start.
         max_position_embeddings: length in training, for information; positions have no end.
+        branches: `both`, or `attention` or `memory` alone in every layer (baselines).
         tie_word_embeddings: the output layer is the embedding.
 
     Raises:
@@ -67,6 +68,7 @@ class LaCTConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     lr_parameterization: str = "mamba"
     ttt_loss_type: str = "dot_product"
+    branches: str = "both"
 
     num_attn_heads: int = LaCTAttentionConfig.num_attn_heads
     window_size: int | None = LaCTAttentionConfig.window_size
@@ -118,6 +120,7 @@ class LaCTConfig(PreTrainedConfig):
             memory=self._options(LaCTMemoryConfig),
             features=self._options(LaCTFeatureConfig),
             update=self._options(LaCTUpdateConfig),
+            branches=self.branches,  # type: ignore[arg-type]
         )
 
     def _options(self, config: type[OptionsT]) -> OptionsT:
