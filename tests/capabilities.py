@@ -135,8 +135,15 @@ def saves_the_base(architecture: str, case: AdapterCase) -> None:
     assert _saved(model) == before
 
 
-MODELS = (*ARCHITECTURES, PI0)
+ARCHITECTURES_ONLY = tuple(ARCHITECTURES)
+MODELS = (*ARCHITECTURES_ONLY, PI0)
 """Rows of the table: language models, and the action expert of pi0."""
+
+
+def models_of(case: AdapterCase) -> tuple[str, ...]:
+    """Those of `MODELS` that can have the adapter."""
+    return ARCHITECTURES_ONLY if case.causal else MODELS
+
 
 Check = Callable[[str, AdapterCase], None]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -235,6 +236,32 @@ def check_attention(attention: nn.Module) -> None:
 def gated(branch: Tensor, gate: Tensor | None) -> Tensor:
     """`branch * gate`, or the branch itself without a gate."""
     return branch if gate is None else branch * gate
+
+
+def publish_gates(
+    fast_state: FastState,
+    slot: str,
+    gates: Mapping[str, Tensor | None],
+    branches: Mapping[str, Tensor | None],
+    residual: Tensor | None,
+) -> None:
+    """Publish gates as applied, and the size of each gated branch relative to the residual stream.
+
+    Args:
+        fast_state: where to publish.
+        slot: of the adapter.
+        gates: name -> gate; None where there is none.
+        branches: name -> gated branch, `[B, T, hidden]`.
+        residual: residual stream before attention, `[B, T, hidden]`; None where it is not known.
+    """
+    values = dict(gates)
+    if residual is not None:
+        scale = residual.detach().flatten(1).float().norm(dim=1)
+        for name, branch in branches.items():
+            if branch is not None:
+                values[f"ratio_{name}"] = branch.detach().flatten(1).float().norm(dim=1) / scale
+    present = {name: value for name, value in values.items() if value is not None}
+    fast_state.publish("gate", slot, **present)
 
 
 def _accept_base_keys(adapter: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -186,6 +186,8 @@ class LaCTLayer(FastNetworks):
         *,
         mask: Tensor | None = None,
         document_ids: Tensor | None = None,
+        write_mask: Tensor | None = None,
+        write_weight: Tensor | None = None,
         state: LaCTLayerState | None = None,
         plan: WindowPlan | None = None,
         fast_state: FastState | None = None,
@@ -197,6 +199,9 @@ class LaCTLayer(FastNetworks):
             x: `[B, T, hidden]`.
             mask: real tokens, bool `[B, T]`; the others write nothing and give 0.
             document_ids: int64 `[B, T]`; every document starts afresh.
+            write_mask: tokens that write, bool `[B, T]`; the others take their place in a chunk,
+                with learning rates of 0. None: all.
+            write_weight: factor of every token's learning rates, `[B, T]`, e.g. of a router.
             state: result of the call before; None starts fresh.
             plan: from `plan`, of the same arguments and `state.window`; None makes one.
             fast_state: says whether to adapt and which statistics to publish. It is neither read
@@ -226,7 +231,8 @@ class LaCTLayer(FastNetworks):
             attended, window = window_attention(*attention, plan, window)
             branches.append(attended.flatten(2))
         if self.sizes.remembers:
-            problem = self._inner_problem(x, q, k, v, table, mask, document_ids)
+            rates = self._rates(x, write_mask, write_weight)
+            problem = self._inner_problem(x, q, k, v, rates, table, mask, document_ids)
             read, after = self._remember(problem, memory, fast_state)
             if fast_state is not None and any(map(fast_state.listens, TOPICS)):
                 publish_statistics(self, fast_state, slot, problem, memory, after)
@@ -246,12 +252,13 @@ class LaCTLayer(FastNetworks):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        rates: Tensor,
         table: tuple[Tensor, Tensor],
         mask: Tensor | None,
         document_ids: Tensor | None,
     ) -> InnerProblem:
         """What the memory is given, from q, k, v `[B, T, hidden]`."""
-        options, update = self.sizes.features, self.sizes.update
+        options = self.sizes.features
         scale, offset = self.qk_scale.unbind(1), self.qk_offset.unbind(1)
         q, k = (self._memory_heads(i * scale[n] + offset[n]) for n, i in enumerate((q, k)))
         values = self._memory_heads(v)
@@ -263,18 +270,26 @@ class LaCTLayer(FastNetworks):
             # Rotated as the heads of attention are, whatever the heads of the memory.
             q, k = (rotate_halves(self._attention_heads(i.flatten(2)), table) for i in (q, k))
             q, k = (self._memory_heads(i.flatten(2)) for i in (q, k))
-        rates = self._memory_heads(self.lr_proj(x)).unflatten(-1, (3, update.lr_dim))
-        rates = rates.to(torch.promote_types(x.dtype, torch.float32))
-        rates = F.softplus(rates + math.log(math.expm1(BASE_LR)))
         return InnerProblem(
             q=q.to(v.dtype),
             k=k.to(v.dtype),
             v=values,
-            lr=rates if update.lr_dim > 1 else rates.squeeze(-1),
-            momentum=self.momentum_proj(x) if update.use_momentum else None,
+            lr=rates,
+            momentum=self.momentum_proj(x) if self.sizes.update.use_momentum else None,
             mask=mask,
             document_ids=document_ids,
         )
+
+    def _rates(self, x: Tensor, write_mask: Tensor | None, write_weight: Tensor | None) -> Tensor:
+        """Inner learning rates, `[B, T, H, 3]` or `[B, T, H, 3, D]`."""
+        lr_dim = self.sizes.update.lr_dim
+        rates = self._memory_heads(self.lr_proj(x)).unflatten(-1, (3, lr_dim))
+        rates = rates.to(torch.promote_types(x.dtype, torch.float32))
+        rates = F.softplus(rates + math.log(math.expm1(BASE_LR)))
+        for factor in (write_mask, write_weight):
+            if factor is not None:
+                rates = rates * factor[..., None, None, None]
+        return rates if lr_dim > 1 else rates.squeeze(-1)
 
     def _remember(
         self, problem: InnerProblem, memory: LaCTState | None, fast_state: FastState | None
