@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-import torchmetrics
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
+from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from lightning_modules.base import AdapterModule, Chunk, ParameterGroup, Schedule
@@ -21,6 +21,32 @@ from lightning_modules.streams import FastState
 
 IGNORED = -100
 """Label of a token that is not to be predicted."""
+
+
+class LabelMean(Metric):
+    """Mean over the labels of all batches and processes.
+
+    torchmetrics' MeanMetric ignores weights where its check for NaN, which waits for the device,
+    is switched off (1.9.0).
+    """
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "count"):
+            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor, labelled: Tensor) -> None:
+        """Add `values [B, T]` where `labelled [B, T]` (bool)."""
+        self.total += torch.where(labelled, values, 0.0).sum()
+        self.count += labelled.sum()
+
+    def compute(self) -> Tensor:
+        """The mean; NaN without a label."""
+        return self.total / self.count
 
 
 class LanguageModule(AdapterModule):
@@ -54,7 +80,7 @@ class LanguageModule(AdapterModule):
         self.left_out: LeftOut | None = None
         self.means = torch.nn.ModuleDict(
             {
-                f"{stage}_{name}": torchmetrics.MeanMetric(nan_strategy="disable")
+                f"{stage}_{name}": LabelMean()
                 for stage in ("val", "test")
                 for name in ("loss", "accuracy")
             }
