@@ -35,7 +35,7 @@ class DatasetCorpus:
                 f"{', '.join(rows.column_names)}: set column"
             )
         self.rows = rows.select_columns([source.column])
-        self.key: str = f"datasets:{self.rows._fingerprint}"
+        self.key: str = f"datasets:{self.rows._fingerprint}:{source.strict}"
         self.content_hash = None
 
     def __len__(self) -> int:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from datamodules import TextStreamDataModule
 from datamodules.documents import TextSource
 from datamodules.text_chunks import NO_LABEL
 from datamodules.token_store import TokenStore
+from lightning_modules.base import AdapterModule, Chunk, Schedule
+from lightning_modules.streams import FastState
 
 WORDS = ("lambda", "über", "return", "x_1", "日本", "✓", "\n", "\t", " ", "0")
 
@@ -62,3 +68,34 @@ def pairs(tokens: np.ndarray) -> list[tuple[int, int]]:
 def documents_of(store: TokenStore) -> dict[str, list[int]]:
     """Tokens of every document by its name."""
     return {name: store.document(i).tolist() for i, name in enumerate(store.names)}
+
+
+class SeenState(NamedTuple):
+    seen: Tensor
+
+
+class BagModule(AdapterModule):
+    """Predicts the next token from the current one and the bag of all tokens of the stream."""
+
+    def __init__(self, optimizer: OptimizerCallable = torch.optim.SGD) -> None:
+        super().__init__(optimizer, Schedule(decay="constant"), persistent=True)
+        self.model: nn.ModuleDict | None = None
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            size = self.trainer.datamodule.features["vocab_size"]
+            layers = {"embed": nn.Embedding(size, 8), "head": nn.Linear(8, size)}
+            self.model = nn.ModuleDict(layers)
+
+    def chunk_loss(
+        self, chunk: Chunk, fast_state: FastState, generator: torch.Generator | None
+    ) -> Tensor:
+        assert self.model is not None
+        x = self.model["embed"](chunk["input_ids"]) * chunk["mask"][..., None]
+        state = fast_state.read("bag", SeenState)
+        seen = x.new_zeros(len(x), 8) if state is None else state.seen
+        fast_state.write("bag", SeenState(seen + x.sum(1)))
+        logits = self.model["head"](x + torch.tanh(seen)[:, None])
+        labels = chunk["labels"].flatten()
+        loss = F.cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
+        return loss / (labels != NO_LABEL).sum().clamp(min=1)
