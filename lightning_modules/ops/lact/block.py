@@ -65,7 +65,7 @@ def ascent(
 def _inputs(
     blocks: list[Triple], x: Tensor, residual: bool, greedy: bool
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """What every block sees, `x_{j-1}`, and `p` and `h` there; the last one's output is of no use."""
+    """`x_{j-1}`, p and h of every block; the last one's output is of no use."""
     inside = []
     for j, (w0, w1, w2) in enumerate(blocks):
         p, h = product(x, w0), product(x, w2)

@@ -25,7 +25,8 @@ def newton_schulz(gradient: Tensor, dtype: torch.dtype) -> Tensor:
     tall = gradient.shape[-2] > gradient.shape[-1]
     x = (gradient.mT if tall else gradient).to(dtype)
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    # In bfloat16 the order of the factors shows: it is the published one.
     for a, b, c in STEPS:
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+        x = a * x + (b * gram + (c * gram) @ gram) @ x
     return (x.mT if tall else x).to(gradient.dtype)

@@ -118,7 +118,7 @@ def newton_schulz(gradient: Tensor, dtype: torch.dtype) -> Tensor:
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + NEWTON_SCHULZ_EPS)
     for a, b, c in NEWTON_SCHULZ:
         product = x @ x.mT
-        x = a * x + (b * product + c * product @ product) @ x
+        x = a * x + (b * product + (c * product) @ product) @ x
     return (x.mT if tall else x).to(gradient.dtype)
 
 
