@@ -216,7 +216,7 @@ class LaCTLayer(FastNetworks):
             plan = self.plan(x, mask=mask, document_ids=document_ids, state=window)
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         if self.sizes.attention.attn_qk_norm:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+            q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
         dtype = torch.promote_types(x.dtype, torch.float32)
         theta = self.sizes.attention.rope_theta
         if plan is None:
@@ -318,7 +318,7 @@ class LaCTLayer(FastNetworks):
 
     def _scaled(self, read: Tensor, x: Tensor) -> Tensor:
         """What was read `[B, T, H, D]`, normalised and scaled."""
-        read = self.ttt_norm(read)
+        read = _normed(self.ttt_norm, read)
         if self.sizes.features.learnable_ttt_scale:
             read = read * F.silu(self.ttt_scale_proj(x)).unsqueeze(-1)
         return read
@@ -326,3 +326,8 @@ class LaCTLayer(FastNetworks):
     def extra_repr(self) -> str:
         """Options, for `print(model)`."""
         return str(self.sizes)
+
+
+def _normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """The norm in its own dtype (under autocast that of x differs), in the dtype of x."""
+    return norm(x.to(norm.weight.dtype)).to(x.dtype)

@@ -43,8 +43,8 @@ class LaCTMemoryConfig:
         num_lact_heads: heads of the memory; each has `hidden_size / num_lact_heads` = D channels.
         inter_multi: width inside a network over D.
         r: networks in the stack.
-        residual_ttt: skip connections around all of them but the last. Without, the signal of a
-            fresh stack shrinks by about 1e-6 per network.
+        residual_ttt: skip connections around all of them but the last. Without, a fresh network
+            makes a signal of length s one of s^2 / (2 sqrt(D)), which soon is nothing.
         w0_w2_low_rank: rank k of the initial W0 and W2, which then are `A B + 0.5 I`; -1: no such
             limit.
         fw_init_gain: scale of A and B when they are drawn.
@@ -227,8 +227,9 @@ class LaCTSizes:
             )
         if self.memory.r > 1 and not self.memory.residual_ttt:
             found.append(
-                f"r={self.memory.r} without residual_ttt: the signal of a fresh stack shrinks by "
-                "about 1e-6 per network; set residual_ttt=True"
+                f"r={self.memory.r} without residual_ttt: every fresh network makes a signal of "
+                "length s one of about s^2 / (2 sqrt(D)), so that little of it leaves the stack; "
+                "set residual_ttt=True"
             )
         return found
 

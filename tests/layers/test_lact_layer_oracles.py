@@ -1,34 +1,22 @@
 """LaCTLayer against LaCTSWIGLULayer of github.com/a1600012888/LaCT: outputs, every gradient."""
 
-from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
 from helpers import ORACLES, assert_close_to_oracle, load_oracle
+from lact_cases import OPTIONS, lact_sizes
 from torch import Tensor
 
 from lightning_modules.layers.lact import LaCTLayer
-from lightning_modules.layers.lact_options import (
-    LaCTAttentionConfig,
-    LaCTFeatureConfig,
-    LaCTMemoryConfig,
-    LaCTSizes,
-    LaCTUpdateConfig,
-)
 
 CASES = sorted(path.stem for path in (ORACLES / "lact_layer").glob("*.safetensors"))
 
 
 def _layer(tensors: dict[str, Tensor], metadata: dict[str, Any], **changed: Any) -> LaCTLayer:
     given = {**metadata, **changed, "muon_dtype": "float64"}
-
-    def options(config: type[Any]) -> Any:
-        names = {field.name for field in fields(config)}
-        return config(**{name: given[name] for name in names & given.keys()})
-
-    parts = (LaCTAttentionConfig, LaCTMemoryConfig, LaCTFeatureConfig, LaCTUpdateConfig)
-    layer = LaCTLayer(LaCTSizes(metadata["hidden_size"], *map(options, parts))).double()
+    names = {name: given[name] for name in OPTIONS & given.keys()}
+    layer = LaCTLayer(lact_sizes(metadata["hidden_size"], **names)).double()
     parameters = {key[6:]: value for key, value in tensors.items() if key.startswith("param/")}
     layer.load_state_dict(parameters)
     return layer

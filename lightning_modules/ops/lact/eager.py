@@ -55,7 +55,7 @@ def eager_lact(
         layout = plan(q, size, mask, document_ids, state, adapt)
         learned = memory = learned_memory((w0, w1, w2), dtype, momentum is not None, prenorm)
         held = None
-        if state is not None:
+        if state is not None and layout.carries:
             memory, held = carried_memory(state, learned), _held(state, len(tokens))
             if layout.fresh is not None:
                 memory = choose(layout.fresh, learned, memory)
@@ -74,7 +74,7 @@ def eager_lact(
         before = [None] * len(tokens) if held is None else held
         fields = state_fields(memory, learned, q.shape[0])
         fields += [layout.pending(x, y, dtype) for x, y in zip(tokens, before, strict=True)]
-        new = _state(fields, layout.counts(q), lr.shape[3:], blank=mask is not None)
+        new = _state(fields, layout.counts, lr.shape[3:], blank=mask is not None)
     return o, new
 
 

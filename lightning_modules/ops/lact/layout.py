@@ -4,8 +4,8 @@ Every row goes through its chunks in step. In step n a row reads the tokens it h
 after it has written chunk n - 1 if chunk n continues its document: a full chunk is not written
 before the next token is there.
 
-`Even` rows are all cut alike, `Uneven` ones each on its own. Both have the same methods. Tokens are
-`[B, T, H, E]`, chunks `[H, B, m, E]`.
+`Even` rows are all cut alike (views), `Uneven` ones each on its own (a gather). Both have the same
+methods. Tokens are `[B, T, H, E]`, chunks `[H, B, m, E]`.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from lightning_modules.ops.grid import MoveRows, Progress
+from lightning_modules.ops.grid import MoveRows
 
 
 class Step(NamedTuple):
@@ -45,35 +44,48 @@ class Counts(NamedTuple):
 
 
 class Even(NamedTuple):
-    """Rows without masks, documents or a past.
+    """Rows without masks and documents that have come equally far.
 
     Attributes:
         time: T.
         size: C.
+        ahead: tokens that the state left pending.
         adapt: whether chunks are written.
+        carries: whether there is a state that has seen something.
+        counts: after the call.
     """
 
     time: int
     size: int
+    ahead: int
     adapt: bool
+    carries: bool
+    counts: Counts
 
     @property
     def fresh(self) -> None:
-        """No row of a state has to be told from the others: there is none."""
+        """Rows whose state has seen nothing, if only some: none."""
 
     def steps(
         self, q: Tensor, tokens: Sequence[Tensor], held: Sequence[Tensor] | None
     ) -> list[Step]:
-        """All steps of the call; nothing is held back from an earlier one."""
+        """All steps of the call; `held` are the pending tokens of the state, or None."""
         queries = self._cut(q)
-        if not self.adapt:
-            return [Step(None, None, None, chunk) for chunk in queries]
-        writes = zip(*(self._cut(x) for x in tokens), strict=True)
-        before = [None, *list(writes)[:-1]]
-        return [Step(None, w, None, chunk) for w, chunk in zip(before, queries, strict=True)]
+        writes: list[tuple[Tensor, ...] | None] = [None] * len(queries)
+        if self.adapt and len(queries) > 1:
+            chunks = [self._cut(x) for x in tokens]
+            if held is not None:
+                for own, before in zip(chunks, held, strict=True):
+                    first = before[:, : self.ahead].permute(2, 0, 1, 3)
+                    own[0] = torch.cat([first, own[0]], dim=2)
+            writes[1:] = list(zip(*chunks, strict=True))[:-1]
+        return [Step(None, w, None, chunk) for w, chunk in zip(writes, queries, strict=True)]
 
     def _cut(self, x: Tensor) -> list[Tensor]:
-        return [part.permute(2, 0, 1, 3) for part in x.split(self.size, dim=1)]
+        first = min(self.size - self.ahead, self.time)
+        full, rest = divmod(self.time - first, self.size)
+        widths = [first] + [self.size] * full + [rest] * (rest > 0)
+        return [part.permute(2, 0, 1, 3) for part in x.split(widths, dim=1)]
 
     def join(self, chunks: list[Tensor]) -> Tensor:
         """The outputs of the steps as `[B, T, H, D]`."""
@@ -81,19 +93,12 @@ class Even(NamedTuple):
 
     def pending(self, x: Tensor, held: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Those tokens of x that are in an open chunk, `[B, C, H, E]`, zero after the last."""
-        start = (self.time - 1) // self.size * self.size
-        return pad(x[:, start:].to(dtype), (0, 0, 0, 0, 0, start + self.size - self.time))
-
-    def counts(self, like: Tensor) -> Counts:
-        """The counts after the call."""
-        full = (self.time - 1) // self.size
-        counts = (self.time - full * self.size, full * self.adapt, self.time, 0)
-        return Counts(
-            *(
-                torch.full((like.shape[0],), n, dtype=torch.int64, device=like.device)
-                for n in counts
-            )
-        )
+        count = (self.ahead + self.time - 1) % self.size + 1
+        own = x[:, max(self.time - count, 0) :].to(dtype)
+        parts = [own, own.new_zeros(len(x), self.size - count, *x.shape[2:])]
+        if held is not None and count > self.time:
+            parts.insert(0, held[:, : self.ahead].to(dtype))
+        return torch.cat(parts, dim=1)
 
 
 class Slots(NamedTuple):
@@ -137,10 +142,11 @@ class Uneven(NamedTuple):
         fresh: rows of the state that have seen nothing, bool `[B]`; None: none.
         place: slot of each of the call's tokens in its chunk, `[B, T]`.
         waits: the call's tokens that are pending after it, bool `[B, T]`.
-        kept: slots of the state's pending tokens that are still so after the call, bool `[B, C]`.
-        updates: written chunks of the current document after the call, `[B]`.
-        progress: after the call.
+        kept: slots of the state's tokens that are still pending after the call, bool `[B, C]`.
+        drops: whether some are not.
         size: C.
+        carries: whether there is a state.
+        counts: after the call.
     """
 
     reads: Slots
@@ -151,14 +157,15 @@ class Uneven(NamedTuple):
     place: Tensor
     waits: Tensor
     kept: Tensor
-    updates: Tensor
-    progress: Progress
+    drops: bool
     size: int
+    carries: bool
+    counts: Counts
 
     def steps(
         self, q: Tensor, tokens: Sequence[Tensor], held: Sequence[Tensor] | None
     ) -> list[Step]:
-        """All steps of the call; `held` are the pending tokens of the state."""
+        """As in `Even`."""
         writes: list[tuple[Tensor, ...] | None] = [None] * len(self.rows)
         if any(self.writes.widths):
             if held is not None:
@@ -175,17 +182,14 @@ class Uneven(NamedTuple):
         return self.reads.join(chunks)
 
     def pending(self, x: Tensor, held: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """As in `Even`; `held` are the pending tokens of the state."""
+        """As in `Even`."""
         if held is None:
             batch, _, *inner = x.shape
             buffer = x.new_zeros(batch, self.size, *inner, dtype=dtype)
         else:
-            buffer = held.to(dtype).masked_fill(~self.kept[..., None, None], 0)
+            kept, held = self.kept[..., None, None], held.to(dtype)
+            # A product is much faster on a CPU; only of what is dropped may it not keep a NaN.
+            buffer = torch.where(kept, held, 0) if self.drops else held * kept
         # A free slot is 0: adding is writing, and tokens that do not wait add 0 somewhere.
         waiting = x.masked_fill(~self.waits[..., None, None], 0).to(dtype)
         return buffer.scatter_add_(1, self.place[..., None, None].expand_as(x), waiting)
-
-    def counts(self, like: Tensor) -> Counts:
-        """As in `Even`."""
-        count, seen, document = self.progress
-        return Counts(count, self.updates, seen, document)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.ops.grid import Grid, Progress, inverse, plan_grid
-from lightning_modules.ops.lact.layout import Even, Slots, Uneven
+from lightning_modules.ops.lact.layout import Counts, Even, Slots, Uneven
 from lightning_modules.ops.states import LaCTState
 
 
@@ -34,16 +34,50 @@ def plan(
     state: LaCTState | None,
     adapt: bool,
 ) -> Even | Uneven:
-    """Plan a call. Synchronises with the device once for a state, once more for documents.
+    """Plan a call. A state or documents make it wait for the device, a fresh start does not.
 
     Args:
         q: queries, `[B, T, H, D]`.
         size: C.
         mask: of the op, as are the other arguments.
     """
+    if mask is None and document_ids is None:
+        common = (False, 0) if state is None else _in_common(state)
+        if common is not None:
+            return _even(q, size, *common, adapt, state)
+    return _uneven(q, size, mask, document_ids, state, adapt)
+
+
+def _in_common(state: LaCTState) -> tuple[bool, int] | None:
+    """Whether the rows have seen something, and their pending tokens; None if they differ."""
+    counts = torch.stack([state.tokens_seen, state.pending_count]).tolist()
+    rows = {(seen > 0, pending * (seen > 0)) for seen, pending in zip(*counts, strict=True)}
+    return rows.pop() if len(rows) == 1 else None
+
+
+def _even(
+    q: Tensor, size: int, carries: bool, ahead: int, adapt: bool, state: LaCTState | None
+) -> Even:
     batch, time = q.shape[:2]
-    if mask is None and document_ids is None and state is None:
-        return Even(time, size, adapt)
+    full = (ahead + time - 1) // size
+    zero = torch.zeros(batch, dtype=torch.int64, device=q.device)
+    updates = seen = document = zero
+    if carries and state is not None:
+        updates, seen, document = state.updates, state.tokens_seen, state.document_id
+    pending = zero + (ahead + time - full * size)
+    counts = Counts(pending, updates + full * adapt, seen + time, document)
+    return Even(time, size, ahead, adapt, carries, counts)
+
+
+def _uneven(
+    q: Tensor,
+    size: int,
+    mask: Tensor | None,
+    document_ids: Tensor | None,
+    state: LaCTState | None,
+    adapt: bool,
+) -> Uneven:
+    batch, time = q.shape[:2]
     before = Progress.of(state, q)
     seen = before.tokens_seen > 0
     before = Progress(*(torch.where(seen, x, 0) for x in before))
@@ -52,35 +86,32 @@ def plan(
     slot = grid.slot.view(batch, -1)
     chunk, place = slot.div(batch * size, rounding_mode="floor"), slot % size
     held = slot[:, :pending] >= 0
-    ahead = held.sum(1)
     writing = _writing(grid, adapt)
     if state is None and document_ids is None:
         facts = _bounds(len(writing), size, time, adapt)
     else:
-        facts = _read_facts(grid, ahead, writing, ~seen)
+        facts = _read_facts(grid, held.sum(1), writing, ~seen)
+    own_chunk, own_place = chunk[:, pending:], place[:, pending:]
+    ahead = torch.where(own_chunk == 0, held.sum(1, keepdim=True), 0)
     closes = torch.cat([writing[1:], torch.zeros_like(writing[:1])])
     is_written = (chunk >= 0) & closes.gather(0, chunk.mT.clamp(min=0)).mT
-    chunk_, place_ = chunk[:, pending:], place[:, pending:]
+    updates = _updates(state, seen, writing, grid.restart)
+    starts = [None] * len(facts.widths) if grid.restart is None else grid.restart.unbind(0)
     return Uneven(
-        reads=_slots(
-            chunk_,
-            place_ - torch.where(chunk_ == 0, ahead.unsqueeze(1), 0),
-            chunk_ >= 0,
-            facts.widths,
-        ),
+        reads=_slots(own_chunk, own_place - ahead, own_chunk >= 0, facts.widths),
         writes=_slots(chunk, place, is_written, [size * some for some in facts.writes[1:]]),
         rows=writing.unbind(0)[: len(facts.widths)],
         restarts=[
-            grid.restart[n] if grid.restart is not None and some else None
-            for n, some in enumerate(facts.restarts)
+            rows if some else None for rows, some in zip(starts, facts.restarts, strict=False)
         ],
-        fresh=~seen if state is not None and facts.fresh else None,
-        place=place_,
-        waits=(chunk_ >= 0) & (chunk_ == grid.last.unsqueeze(1)),
+        fresh=~seen if facts.fresh else None,
+        place=own_place,
+        waits=(own_chunk >= 0) & (own_chunk == grid.last.unsqueeze(1)),
         kept=held & (grid.last == 0).unsqueeze(1),
-        updates=_updates(state, seen, writing, grid.restart),
-        progress=after,
+        drops=len(facts.widths) > 1 or facts.fresh or any(facts.restarts),
         size=size,
+        carries=state is not None,
+        counts=Counts(after.pending_count, updates, after.tokens_seen, after.document_id),
     )
 
 
