@@ -11,8 +11,8 @@ from lightning_modules.layers.lact import LaCTLayer, LaCTLayerState
 from lightning_modules.layers.lact_options import (
     LaCTAttentionConfig,
     LaCTFeatureConfig,
+    LaCTLayerConfig,
     LaCTMemoryConfig,
-    LaCTSizes,
     LaCTUpdateConfig,
 )
 from lightning_modules.models.lact import LaCTForCausalLM
@@ -48,7 +48,7 @@ PARTS: dict[str, Any] = {
 OPTIONS = {field.name for config in PARTS.values() for field in fields(config)}
 
 
-def lact_sizes(hidden_size: int = HIDDEN, **options: Any) -> LaCTSizes:
+def lact_layer_config(hidden_size: int = HIDDEN, **options: Any) -> LaCTLayerConfig:
     """Sizes from flat options."""
     given = {**SMALL, **options}
     chosen: dict[str, Any] = {}
@@ -56,13 +56,13 @@ def lact_sizes(hidden_size: int = HIDDEN, **options: Any) -> LaCTSizes:
         names = {field.name for field in fields(config)} & given.keys()
         chosen[part] = config(**{name: given.pop(name) for name in names})
     assert not given, f"unknown options {list(given)}"
-    return LaCTSizes(hidden_size, **chosen)
+    return LaCTLayerConfig(hidden_size, **chosen)
 
 
 def lact_layer(variant: str = "default", seed: int = 0, **options: Any) -> LaCTLayer:
     """A randomised layer in float64 that learns fast enough to be seen."""
     torch.manual_seed(seed)
-    layer = randomise(LaCTLayer(lact_sizes(**{**VARIANTS[variant], **options})), seed)
+    layer = randomise(LaCTLayer(lact_layer_config(**{**VARIANTS[variant], **options})), seed)
     return hurry(layer).double()
 
 
