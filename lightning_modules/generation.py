@@ -16,8 +16,9 @@ class FastStateCache(DynamicCache):
 
     `model.generate(..., past_key_values=FastStateCache(model.config))` reads the prompt once and
     decodes token by token; adapters take their state from the cache and leave the next one there
-    (see `BaseAttentionAdapter`), whatever their state is made of. A call of the model with both,
-    `fast_state=` and such a cache, uses `fast_state` and leaves the cache's state alone.
+    (see `BaseAttentionAdapter`), whatever their state is made of; a LaCT model makes such a cache
+    itself, and has nothing else in it. A call of the model with both, `fast_state=` and such a
+    cache, uses `fast_state` and leaves the cache's state alone.
 
     Generate again with the same cache and the longer sequence to continue; `copy.deepcopy` of a
     cache starts several continuations from one prompt. Beams, repeated and selected rows take

@@ -1,116 +1,142 @@
-"""Tiny LaCT layers and models, shared by several tests."""
+"""Inputs and calls of the LaCT op; comparing and differentiating them is in `ttt_cases`."""
 
-from dataclasses import fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from gemma_cases import randomise
 from torch import Tensor
+from ttt_cases import run_in_pieces
 
-from lightning_modules.layers.lact import LaCTLayer, LaCTLayerState
-from lightning_modules.layers.lact_options import (
-    LaCTAttentionConfig,
-    LaCTFeatureConfig,
-    LaCTMemoryConfig,
-    LaCTSizes,
-    LaCTUpdateConfig,
-)
-from lightning_modules.models.lact import LaCTForCausalLM
-from lightning_modules.models.lact_config import LaCTConfig
+from lightning_modules.ops.lact import lact
+from lightning_modules.ops.states import LaCTState
 
-HIDDEN, CHUNK, WINDOW = 16, 4, 5
-SMALL: dict[str, Any] = {
-    "num_attn_heads": 4,
-    "num_lact_heads": 2,
-    "lact_chunk_size": CHUNK,
-    "window_size": WINDOW,
-}
+__all__ = ["BACKENDS", "Case", "carried_state", "make_case", "random_flags", "run_in_pieces"]
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "bare": {"use_momentum": False, "learnable_ttt_scale": False, "qkv_silu": False},
-    "low_rank": {"w0_w2_low_rank": 3, "ttt_prenorm": True, "attn_qk_norm": True, "qkv_bias": True},
-    "muon": {"use_muon": True, "muon_dtype": "float64", "window_size": None, "inter_multi": 2},
-    "stack2": {"r": 2, "residual_ttt": True, "w0_w2_low_rank": 2},
-    "stack3": {"r": 3, "residual_ttt": True, "ttt_prenorm": True, "inter_multi": 0.5},
-    "per_channel": {"lr_dim": HIDDEN // 2, "ttt_nope": True, "no_v_silu": True},
-}
-UNUSUAL = "ignore:use_muon with lact_chunk_size:UserWarning"
-"""For models of the variant `muon`, whose chunks are as short as those of the others."""
+BACKENDS = ("naive", "torch")
+TOKENS = ("q", "k", "v", "lr", "momentum")
+WEIGHTS = ("w0", "w1", "w2")
+INPUTS = (*TOKENS[:4], *WEIGHTS)
+FLAGS = ("mask", "document_ids")
 
 
-PARTS: dict[str, Any] = {
-    "attention": LaCTAttentionConfig,
-    "memory": LaCTMemoryConfig,
-    "features": LaCTFeatureConfig,
-    "update": LaCTUpdateConfig,
-}
-OPTIONS = {field.name for config in PARTS.values() for field in fields(config)}
+@dataclass(frozen=True)
+class Case:
+    """Arguments of one call: `tensors` are differentiable, `options` are the other keywords."""
+
+    tensors: dict[str, Tensor]
+    options: dict[str, Any]
+    state: LaCTState | None = None
+
+    def run(self, backend: str, **options: Any) -> tuple[Tensor, LaCTState]:
+        """Call the op; `options` override those of the case."""
+        keywords = {"state": self.state, "momentum": self.tensors.get("momentum"), **self.options}
+        return lact(
+            *(self.tensors[name] for name in INPUTS), **{**keywords, **options}, backend=backend
+        )
+
+    def with_tensors(self, **tensors: Tensor) -> "Case":
+        """The same call with other tensors."""
+        return replace(self, tensors={**self.tensors, **tensors})
+
+    def with_options(self, **options: Any) -> "Case":
+        """The same call with other keywords."""
+        return replace(self, options={**self.options, **options})
+
+    def with_state(self, state: LaCTState | None) -> "Case":
+        """The same call from another state."""
+        return replace(self, state=state)
+
+    def tokens(self, index: Any) -> "Case":
+        """The call with only some of the tokens (any index of the time axis)."""
+        return self._cut(lambda x: x[:, index])
+
+    def rows(self, index: Any) -> "Case":
+        """The call with only some of the rows."""
+        state = None if self.state is None else LaCTState(*(x[index] for x in self.state))
+        return self._cut(lambda x: x[index]).with_state(state)
+
+    def heads(self, index: slice) -> "Case":
+        """The call with only some of the heads, from a fresh state."""
+        per_token = {n: self.tensors[n][:, :, index] for n in TOKENS if n in self.tensors}
+        return self.with_tensors(**per_token, **{n: self.tensors[n][:, index] for n in WEIGHTS})
+
+    def _cut(self, cut: Any) -> "Case":
+        tensors = {name: cut(self.tensors[name]) for name in TOKENS if name in self.tensors}
+        flags = {name: cut(self.options[name]) for name in FLAGS if name in self.options}
+        return self.with_tensors(**tensors).with_options(**flags)
 
 
-def lact_sizes(hidden_size: int = HIDDEN, **options: Any) -> LaCTSizes:
-    """Sizes from flat options."""
-    given = {**SMALL, **options}
-    chosen: dict[str, Any] = {}
-    for part, config in PARTS.items():
-        names = {field.name for field in fields(config)} & given.keys()
-        chosen[part] = config(**{name: given.pop(name) for name in names})
-    assert not given, f"unknown options {list(given)}"
-    return LaCTSizes(hidden_size, **chosen)
-
-
-def lact_layer(variant: str = "default", seed: int = 0, **options: Any) -> LaCTLayer:
-    """A randomised layer in float64 that learns fast enough to be seen."""
-    torch.manual_seed(seed)
-    layer = randomise(LaCTLayer(lact_sizes(**{**VARIANTS[variant], **options})), seed)
-    return hurry(layer).double()
-
-
-def lact_config(variant: str = "default", **options: Any) -> LaCTConfig:
-    """Configuration of a tiny language model of two blocks."""
-    sizes = {"vocab_size": 40, "hidden_size": HIDDEN, "num_hidden_layers": 2}
-    more = {"intermediate_size": 24, "initializer_range": 0.3, "eos_token_id": None}
-    return LaCTConfig(**{**sizes, **more, **SMALL, **VARIANTS[variant], **options})
-
-
-def lact_model(variant: str = "default", seed: int = 0, **options: Any) -> LaCTForCausalLM:
-    """A tiny randomised language model in float64, in evaluation mode."""
-    torch.manual_seed(seed)
-    model = LaCTForCausalLM(lact_config(variant, **options))
-    return hurry(randomise(model, seed)).double().eval()
-
-
-def hurry(module: Any) -> Any:
-    """Raise the inner learning rates from about 0.001 to about 0.3."""
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if name.endswith("lr_proj.bias"):
-                parameter.add_(6.0)
-    return module
-
-
-def hidden(rows: int = 2, length: int = 15, seed: int = 1) -> Tensor:
-    """Input of a layer, `[rows, length, HIDDEN]` in float64."""
+def make_case(
+    *,
+    time: int,
+    chunk_size: int,
+    batch: int = 2,
+    heads: int = 2,
+    size: int = 4,
+    hidden: int = 6,
+    blocks: int = 1,
+    momentum: bool = True,
+    per_channel: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> Case:
+    """Random inputs, with rates at which a chunk changes the weights by about their own size."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, length, HIDDEN, generator=generator, dtype=torch.float64)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    lead = (batch, time, heads)
+    tensors = {name: normal(*lead, size) for name in ("q", "k", "v")}
+    for name in ("q", "k"):
+        tensors[name] /= tensors[name].norm(dim=-1, keepdim=True)
+    tensors["lr"] = 0.1 + uniform(*lead, 3, *([size] if per_channel else []))
+    if momentum:
+        tensors["momentum"] = 0.2 + 0.7 * uniform(*lead)
+    tensors["w0"] = normal(blocks, heads, hidden, size) / size**0.5
+    tensors["w1"] = normal(blocks, heads, size, hidden) / hidden**0.5
+    tensors["w2"] = normal(blocks, heads, hidden, size) / size**0.5
+    options["chunk_size"] = chunk_size
+    return Case({name: x.to(dtype) for name, x in tensors.items()}, options)
 
 
-def token_ids(rows: int = 2, length: int = 15, seed: int = 1) -> Tensor:
-    """Random ids 3 to 39."""
+def random_flags(case: Case, seed: int, *names: str) -> Case:
+    """Add a random `mask`, `document_ids`; with three rows, the last of the mask is all False."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 40, (rows, length), generator=generator)
+    batch, time = case.tensors["q"].shape[:2]
+    flags: dict[str, Tensor] = {}
+    if "mask" in names:
+        flags["mask"] = torch.rand(batch, time, generator=generator) > 0.25
+        flags["mask"][-1] &= batch < 3
+    if "document_ids" in names:
+        starts = torch.rand(batch, time, generator=generator) < 2.5 / max(time, 5)
+        ids = 5 + starts.cumsum(1)
+        flags["document_ids"] = torch.where(ids % 2 == 0, -ids, ids)
+    return case.with_options(**flags)
 
 
-def read_pieces(
-    layer: LaCTLayer, x: Tensor, sizes: list[int], **call: Tensor
-) -> tuple[Tensor, LaCTLayerState]:
-    """The output for x in pieces, each with the state that the one before returned."""
-    out, state, start = [], None, 0
-    for size in sizes:
-        part = slice(start, start + size)
-        start += size
-        own = {name: value[:, part] for name, value in call.items()}
-        o, state = layer(x[:, part], state=state, **own)
-        out.append(o)
-    assert state is not None
-    return torch.cat(out, dim=1), state
+def carried_state(case: Case, seed: int, time: int = 7) -> Case:
+    """Start the call from the state after other random tokens, a different number in each row."""
+    batch, _, heads, size = case.tensors["q"].shape
+    other = make_case(
+        time=time,
+        chunk_size=case.options["chunk_size"],
+        batch=batch,
+        heads=heads,
+        size=size,
+        momentum="momentum" in case.tensors,
+        per_channel=case.tensors["lr"].dim() == 5,
+        seed=seed + 1,
+        dtype=case.tensors["q"].dtype,
+    )
+    earlier = {name: other.tensors[name] for name in TOKENS if name in other.tensors}
+    mask = torch.arange(time)[None] >= torch.arange(batch)[:, None]
+    before = case.with_tensors(**earlier).with_options(mask=mask)
+    if "document_ids" in case.options:
+        first = case.options["document_ids"][:, :1]
+        before = before.with_options(document_ids=first.expand(batch, time))
+    return case.with_state(before.run("naive")[1])

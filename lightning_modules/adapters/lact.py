@@ -15,7 +15,7 @@ from lightning_modules.layers.lact_options import (
     LaCTAttentionConfig,
     LaCTFeatureConfig,
     LaCTMemoryConfig,
-    LaCTSizes,
+    LaCTLayerConfig,
     LaCTUpdateConfig,
 )
 from lightning_modules.ops import LaCTState
@@ -62,7 +62,7 @@ class LaCTAttentionAdapter(BaseAttentionAdapter):
         self.adapter_config = config
         heads = LaCTAttentionConfig(num_attn_heads=config.memory.num_lact_heads)
         self.lact = LaCTLayer(
-            LaCTSizes(
+            LaCTLayerConfig(
                 hidden_size,
                 heads,
                 config.memory,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128
 """Tokens of a block of the mask; shorter calls gain nothing from one kernel."""
@@ -49,11 +51,16 @@ class FlexWindow:
 
 @cache
 def _compiled() -> Any:
+    # Imported here: it brings torch's compiler, which takes seconds.
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention)
 
 
 def _block_mask(first: Tensor, carried: int) -> BlockMask:
     """The blocks that a block of tokens sees in part, and those that it sees as a whole."""
+    from torch.nn.attention.flex_attention import BlockMask
+
     length = first.shape[1]
     columns = carried + length
     start = torch.arange(0, length, BLOCK, device=first.device)

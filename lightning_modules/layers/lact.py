@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_modules.layers.lact_options import LaCTSizes
+from lightning_modules.layers.lact_options import LaCTLayerConfig
 from lightning_modules.layers.lact_statistics import TOPICS, InnerProblem, publish_statistics
 from lightning_modules.layers.rope import document_positions, rotary_table, rotate_halves
 from lightning_modules.layers.window_attention import (
@@ -18,7 +18,8 @@ from lightning_modules.layers.window_attention import (
     plan_window,
     window_attention,
 )
-from lightning_modules.ops import LaCTState, lact
+from lightning_modules.ops.lact import lact
+from lightning_modules.ops.states import LaCTState
 
 if TYPE_CHECKING:
     from lightning_modules.streams import FastState
@@ -74,24 +75,24 @@ class FastNetworks(nn.Module):
     are drawn with standard deviation 1 / sqrt(columns).
 
     Args:
-        sizes: of the layer.
+        config: of the layer.
     """
 
-    def __init__(self, sizes: LaCTSizes) -> None:
+    def __init__(self, config: LaCTLayerConfig) -> None:
         super().__init__()
-        self._add_networks(sizes)
+        self._add_networks(config)
         self.reset_parameters()
 
-    def _add_networks(self, sizes: LaCTSizes) -> None:
-        heads, rank = sizes.memory.num_lact_heads, sizes.memory.rank
+    def _add_networks(self, config: LaCTLayerConfig) -> None:
+        heads, rank = config.memory.num_lact_heads, config.memory.rank
         for name in ("w0", "w2"):
             if rank is None:
-                setattr(self, name, nn.Parameter(torch.empty(heads, sizes.inner, sizes.head)))
+                setattr(self, name, nn.Parameter(torch.empty(heads, config.inner, config.head)))
             else:
-                gain = sizes.memory.fw_init_gain
-                weight = LowRankFastWeight(heads, sizes.inner, sizes.head, rank, gain)
+                gain = config.memory.fw_init_gain
+                weight = LowRankFastWeight(heads, config.inner, config.head, rank, gain)
                 setattr(self, name, weight)
-        self.w1 = nn.Parameter(torch.empty(heads, sizes.head, sizes.inner))
+        self.w1 = nn.Parameter(torch.empty(heads, config.head, config.inner))
 
     def reset_parameters(self) -> None:
         """Draw the dense weights; those of low rank draw themselves."""
@@ -118,48 +119,48 @@ class LaCTLayer(FastNetworks):
     with `stacked_mlps.<j>`. Without one of the two branches the layer has no parameters of it.
 
     Args:
-        sizes: options.
+        config: options.
     """
 
-    def __init__(self, sizes: LaCTSizes) -> None:
+    def __init__(self, config: LaCTLayerConfig) -> None:
         nn.Module.__init__(self)
-        hidden = sizes.hidden_size
-        self.sizes = sizes
-        self.qkv = nn.Linear(hidden, 3 * hidden, bias=sizes.attention.qkv_bias)
-        if sizes.attention.attn_qk_norm:
+        hidden = config.hidden_size
+        self.config = config
+        self.qkv = nn.Linear(hidden, 3 * hidden, bias=config.attention.qkv_bias)
+        if config.attention.attn_qk_norm:
             self.q_norm = nn.RMSNorm(hidden, eps=EPS)
             self.k_norm = nn.RMSNorm(hidden, eps=EPS)
-        if sizes.remembers:
-            self._add_memory(sizes)
+        if config.remembers:
+            self._add_memory(config)
         self.o_proj = nn.Linear(hidden, hidden, bias=False)
         self.reset_parameters()
 
-    def _add_memory(self, sizes: LaCTSizes) -> None:
-        hidden, heads = sizes.hidden_size, sizes.memory.num_lact_heads
+    def _add_memory(self, config: LaCTLayerConfig) -> None:
+        hidden, heads = config.hidden_size, config.memory.num_lact_heads
         self.qk_scale = nn.Parameter(torch.empty(hidden, 2))
         self.qk_offset = nn.Parameter(torch.empty(hidden, 2))
-        if sizes.memory.r == 1:
-            self._add_networks(sizes)
+        if config.memory.r == 1:
+            self._add_networks(config)
         else:
-            self.stacked_mlps = nn.ModuleList(FastNetworks(sizes) for _ in range(sizes.memory.r))
-        self.lr_proj = nn.Linear(hidden, 3 * heads * sizes.update.lr_dim)
-        if sizes.update.use_momentum:
+            self.stacked_mlps = nn.ModuleList(FastNetworks(config) for _ in range(config.memory.r))
+        self.lr_proj = nn.Linear(hidden, 3 * heads * config.update.lr_dim)
+        if config.update.use_momentum:
             self.momentum_proj = nn.Sequential(nn.Linear(hidden, heads), nn.Sigmoid())
-        if sizes.features.learnable_ttt_scale:
+        if config.features.learnable_ttt_scale:
             self.ttt_scale_proj = nn.Linear(hidden, heads)
-        self.ttt_norm = nn.RMSNorm(sizes.head, eps=EPS)
+        self.ttt_norm = nn.RMSNorm(config.head, eps=EPS)
 
     def reset_parameters(self) -> None:
         """Scale 1, offset 0, and the networks drawn; submodules initialise themselves."""
         super().reset_parameters()
-        if self.sizes.remembers:
+        if self.config.remembers:
             nn.init.ones_(self.qk_scale)
             nn.init.zeros_(self.qk_offset)
 
     @property
     def fast_weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """Learned weights before the first token: W0, W2 `[r, H, F, D]` and W1 `[r, H, D, F]`."""
-        networks = [self] if self.sizes.memory.r == 1 else list(self.stacked_mlps)
+        networks = [self] if self.config.memory.r == 1 else list(self.stacked_mlps)
         w0, w1, w2 = zip(*(network.initial_weights() for network in networks), strict=True)
         return torch.stack(w0), torch.stack(w1), torch.stack(w2)
 
@@ -175,9 +176,9 @@ class LaCTLayer(FastNetworks):
 
         Arguments are those of `plan_window`.
         """
-        if not self.sizes.attends:
+        if not self.config.attends:
             return None
-        window = self.sizes.attention.window_size
+        window = self.config.attention.window_size
         return plan_window(x, window, mask=mask, document_ids=document_ids, state=state)
 
     def forward(
@@ -215,22 +216,22 @@ class LaCTLayer(FastNetworks):
         if plan is None:
             plan = self.plan(x, mask=mask, document_ids=document_ids, state=window)
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        if self.sizes.attention.attn_qk_norm:
+        if self.config.attention.attn_qk_norm:
             q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        theta = self.sizes.attention.rope_theta
+        theta = self.config.attention.rope_theta
         if plan is None:
             positions = document_positions(x, mask, document_ids, memory)
         else:
             positions = plan.positions
-        table = rotary_table(positions, self.sizes.attention_head, theta, dtype)
+        table = rotary_table(positions, self.config.attention_head, theta, dtype)
         branches = []
         if plan is not None:
             attention = [self._attention_heads(i) for i in (q, k, v)]
             attention[:2] = [rotate_halves(i, table) for i in attention[:2]]
             attended, window = window_attention(*attention, plan, window)
             branches.append(attended.flatten(2))
-        if self.sizes.remembers:
+        if self.config.remembers:
             rates = self._rates(x, write_mask, write_weight)
             problem = self._inner_problem(x, q, k, v, rates, table, mask, document_ids)
             read, after = self._remember(problem, memory, fast_state)
@@ -241,10 +242,10 @@ class LaCTLayer(FastNetworks):
         return self.o_proj(sum(branches)), LaCTLayerState(window, memory)
 
     def _attention_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.sizes.attention.num_attn_heads, -1))
+        return x.unflatten(-1, (self.config.attention.num_attn_heads, -1))
 
     def _memory_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.sizes.memory.num_lact_heads, -1))
+        return x.unflatten(-1, (self.config.memory.num_lact_heads, -1))
 
     def _inner_problem(
         self,
@@ -258,7 +259,7 @@ class LaCTLayer(FastNetworks):
         document_ids: Tensor | None,
     ) -> InnerProblem:
         """What the memory is given, from q, k, v `[B, T, hidden]`."""
-        options = self.sizes.features
+        options = self.config.features
         scale, offset = self.qk_scale.unbind(1), self.qk_offset.unbind(1)
         q, k = (self._memory_heads(i * scale[n] + offset[n]) for n, i in enumerate((q, k)))
         values = self._memory_heads(v)
@@ -275,14 +276,14 @@ class LaCTLayer(FastNetworks):
             k=k.to(v.dtype),
             v=values,
             lr=rates,
-            momentum=self.momentum_proj(x) if self.sizes.update.use_momentum else None,
+            momentum=self.momentum_proj(x) if self.config.update.use_momentum else None,
             mask=mask,
             document_ids=document_ids,
         )
 
     def _rates(self, x: Tensor, write_mask: Tensor | None, write_weight: Tensor | None) -> Tensor:
         """Inner learning rates, `[B, T, H, 3]` or `[B, T, H, 3, D]`."""
-        lr_dim = self.sizes.update.lr_dim
+        lr_dim = self.config.update.lr_dim
         rates = self._memory_heads(self.lr_proj(x)).unflatten(-1, (3, lr_dim))
         rates = rates.to(torch.promote_types(x.dtype, torch.float32))
         rates = F.softplus(rates + math.log(math.expm1(BASE_LR)))
@@ -295,7 +296,7 @@ class LaCTLayer(FastNetworks):
         self, problem: InnerProblem, memory: LaCTState | None, fast_state: FastState | None
     ) -> tuple[Tensor, LaCTState]:
         """Run the op with this layer's weights and options."""
-        update = self.sizes.update
+        update = self.config.update
         return lact(
             problem.q,
             problem.k,
@@ -307,7 +308,7 @@ class LaCTLayer(FastNetworks):
             muon=update.use_muon,
             muon_dtype=getattr(torch, update.muon_dtype),
             prenorm=update.ttt_prenorm,
-            residual=self.sizes.memory.residual_ttt,
+            residual=self.config.memory.residual_ttt,
             greedy=update.greedy,
             mask=problem.mask,
             document_ids=problem.document_ids,
@@ -319,13 +320,13 @@ class LaCTLayer(FastNetworks):
     def _scaled(self, read: Tensor, x: Tensor) -> Tensor:
         """What was read `[B, T, H, D]`, normalised and scaled."""
         read = _normed(self.ttt_norm, read)
-        if self.sizes.features.learnable_ttt_scale:
+        if self.config.features.learnable_ttt_scale:
             read = read * F.silu(self.ttt_scale_proj(x)).unsqueeze(-1)
         return read
 
     def extra_repr(self) -> str:
         """Options, for `print(model)`."""
-        return str(self.sizes)
+        return str(self.config)
 
 
 def _normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:

@@ -124,8 +124,8 @@ class LaCTUpdateConfig:
 
 
 @dataclass(frozen=True)
-class LaCTSizes:
-    """Sizes of a layer, checked against each other.
+class LaCTLayerConfig:
+    """What a LaCT layer computes; options checked against each other.
 
     Args:
         hidden_size: d.

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.ops import LaCTState
+from lightning_modules.ops.states import LaCTState
 
 if TYPE_CHECKING:
     from lightning_modules.layers.lact import LaCTLayer
@@ -75,7 +75,7 @@ def publish_statistics(
                 torch.where(_per_row(same, w), w, initial)
                 for w, initial in zip(before, learned, strict=True)
             )
-        residual = layer.sizes.memory.residual_ttt
+        residual = layer.config.memory.residual_ttt
         fast_state.publish(
             "inner_loss",
             slot,

@@ -32,7 +32,7 @@ from lightning_modules.layers.lact import (
 )
 from lightning_modules.layers.window_attention import WindowPlan, WindowState
 from lightning_modules.models.lact_config import LaCTConfig
-from lightning_modules.ops import LaCTState
+from lightning_modules.ops.states import LaCTState
 from lightning_modules.streams import FastState
 
 
@@ -62,7 +62,7 @@ class LaCTBlock(GradientCheckpointingLayer):
         super().__init__()
         self.slot = f"layers.{layer_idx}.attn"
         self.attn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.attn = LaCTLayer(config.sizes)
+        self.attn = LaCTLayer(config.layer)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = LaCTMLP(config)
 

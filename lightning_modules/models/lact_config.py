@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig
 from lightning_modules.layers.lact_options import (
     LaCTAttentionConfig,
     LaCTFeatureConfig,
+    LaCTLayerConfig,
     LaCTMemoryConfig,
-    LaCTSizes,
     LaCTUpdateConfig,
 )
 
@@ -107,14 +107,14 @@ class LaCTConfig(PreTrainedConfig):
         for key, known in FIXED.items():
             if (value := getattr(self, key)) not in known:
                 raise ValueError(f"{key}={value!r} is not implemented: use {known[0]!r}")
-        for doubt in self.sizes.doubts():
+        for doubt in self.layer.doubts():
             warnings.warn(doubt, stacklevel=4)
         super().__post_init__(**kwargs)
 
     @property
-    def sizes(self) -> LaCTSizes:
+    def layer(self) -> LaCTLayerConfig:
         """Options of a layer, checked."""
-        return LaCTSizes(
+        return LaCTLayerConfig(
             self.hidden_size,
             attention=self._options(LaCTAttentionConfig),
             memory=self._options(LaCTMemoryConfig),

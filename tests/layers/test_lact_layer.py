@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lact_cases import CHUNK, VARIANTS, hidden, lact_layer, read_pieces
+from lact_model_cases import CHUNK, VARIANTS, hidden, lact_layer, read_pieces
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_modules.layers.lact import LaCTLayer, LaCTLayerState
-from lightning_modules.ops import LaCTState
+from lightning_modules.ops.states import LaCTState
 from lightning_modules.streams import FastState
 
 LENGTH = 15
@@ -152,7 +152,7 @@ def test_padding_anywhere_equals_the_tokens_without_it(variant: str) -> None:
                 real, alone = layer(x[row : row + 1, mask[row]])
                 torch.testing.assert_close(out[row : row + 1, mask[row]], real, **CLOSE)
                 own = {name: value[row : row + 1] for name, value in _flat(state).items()}
-                if layer.sizes.attention.window_size is not None:
+                if layer.config.attention.window_size is not None:
                     torch.testing.assert_close(own, _flat(alone), **CLOSE)
             assert not out[~mask].any()
 
@@ -262,7 +262,7 @@ def test_reset_parameters_draws_the_published_distributions() -> None:
     assert (dense.qk_scale == 1).all() and not dense.qk_offset.any()
     for name, expected in (("w0", 128**-0.5), ("w2", 128**-0.5), ("w1", 256**-0.5)):
         assert abs(dense.get_parameter(name).std() / expected - 1) < 0.05, name
-    low = LaCTLayer(lact_layer(**options, w0_w2_low_rank=32).sizes)
+    low = LaCTLayer(lact_layer(**options, w0_w2_low_rank=32).config)
     assert abs(low.w0.w_left.std() / (0.5 * 32**-0.5) - 1) < 0.05
     assert abs(low.w2.w_right.std() / (0.5 * 128**-0.5) - 1) < 0.05
     w0, _, _ = low.initial_weights()
@@ -297,14 +297,14 @@ def _score(layer: LaCTLayer, state: LaCTState | None, k: Tensor, v: Tensor, row:
     """Mean of `-<x_r(k), v>` per head, one token and head at a time."""
     learned = layer.fast_weights
     weights = learned if state is None else tuple(w[row] for w in state[:3])
-    blocks, total = layer.sizes.memory.r, torch.zeros(2, dtype=k.dtype)
+    blocks, total = layer.config.memory.r, torch.zeros(2, dtype=k.dtype)
     for head in range(2):
         for key, value in zip(k[row, :, head], v[row, :, head], strict=True):
             x = key
             for j in range(blocks):
                 w0, w1, w2 = (w[j, head] for w in weights)
                 y = w1 @ (F.silu(w0 @ x) * (w2 @ x))
-                x = x + y if layer.sizes.memory.residual_ttt and j < blocks - 1 else y
+                x = x + y if layer.config.memory.residual_ttt and j < blocks - 1 else y
             total[head] -= x @ value
     return total / k.shape[1]
 

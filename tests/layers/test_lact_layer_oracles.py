@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import ORACLES, assert_close_to_oracle, load_oracle
-from lact_cases import OPTIONS, lact_sizes
+from lact_model_cases import OPTIONS, lact_layer_config
 from torch import Tensor
 
 from lightning_modules.layers.lact import LaCTLayer
@@ -16,7 +16,7 @@ CASES = sorted(path.stem for path in (ORACLES / "lact_layer").glob("*.safetensor
 def _layer(tensors: dict[str, Tensor], metadata: dict[str, Any], **changed: Any) -> LaCTLayer:
     given = {**metadata, **changed, "muon_dtype": "float64"}
     names = {name: given[name] for name in OPTIONS & given.keys()}
-    layer = LaCTLayer(lact_sizes(metadata["hidden_size"], **names)).double()
+    layer = LaCTLayer(lact_layer_config(metadata["hidden_size"], **names)).double()
     parameters = {key[6:]: value for key, value in tensors.items() if key.startswith("param/")}
     layer.load_state_dict(parameters)
     return layer

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lact_cases import SMALL, lact_config
+from lact_model_cases import SMALL, lact_config
 from transformers import AutoConfig
 
 from lightning_modules.layers.lact import LaCTLayer
@@ -98,7 +98,7 @@ def test_published_models_have_their_parameter_counts() -> None:
 def test_fast_weights_have_the_counts_of_the_formulas(r: int) -> None:
     def weights(**options: Any) -> int:
         with torch.device("meta"):
-            layer = LaCTLayer(lact_config(r=r, residual_ttt=r > 1, **options).sizes)
+            layer = LaCTLayer(lact_config(r=r, residual_ttt=r > 1, **options).layer)
         names = ("w0", "w1", "w2", "stacked_mlps")
         return sum(p.numel() for n, p in layer.named_parameters() if n.split(".")[0] in names)
 
@@ -127,7 +127,7 @@ def test_a_published_file_loads_and_survives_saving(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     again = LaCTConfig.from_pretrained(tmp_path)
     assert again.to_diff_dict() == config.to_diff_dict()
-    assert again.sizes == config.sizes and again.window_size is None
+    assert again.layer == config.layer and again.window_size is None
     kept = {key: value for key, value in again.to_dict().items() if key in PUBLISHED}
     assert kept == {**PUBLISHED, "window_size": None}
 
@@ -202,9 +202,9 @@ def test_an_option_that_is_most_likely_not_meant_is_a_warning(
 def test_a_fresh_stack_without_residual_squares_its_signal_away() -> None:
     for residual in (True, False):
         torch.manual_seed(0)
-        sizes = LaCTConfig(hidden_size=256, num_attn_heads=4, r=3, residual_ttt=residual).sizes
+        config = LaCTConfig(hidden_size=256, num_attn_heads=4, r=3, residual_ttt=residual).layer
         x = torch.nn.functional.normalize(torch.randn(4, 64, 32), dim=1)
-        for j, (w0, w1, w2) in enumerate(zip(*LaCTLayer(sizes).fast_weights, strict=True)):
+        for j, (w0, w1, w2) in enumerate(zip(*LaCTLayer(config).fast_weights, strict=True)):
             length = x.norm(dim=1).mean()
             y = w1 @ (torch.nn.functional.silu(w0 @ x) * (w2 @ x))
             x = x + y if residual and j < 2 else y

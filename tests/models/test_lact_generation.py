@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from lact_cases import CHUNK, UNUSUAL, VARIANTS, lact_model, token_ids
+from lact_model_cases import CHUNK, UNUSUAL, VARIANTS, lact_model, token_ids
 from torch import Tensor
 from transformers import DynamicCache
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lact_cases import CHUNK, UNUSUAL, VARIANTS, lact_config, lact_model, token_ids
+from lact_model_cases import CHUNK, UNUSUAL, VARIANTS, lact_config, lact_model, token_ids
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
