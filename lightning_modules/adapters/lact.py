@@ -14,8 +14,8 @@ from lightning_modules.layers.lact import LaCTLayer, LaCTLayerState
 from lightning_modules.layers.lact_options import (
     LaCTAttentionConfig,
     LaCTFeatureConfig,
-    LaCTMemoryConfig,
     LaCTLayerConfig,
+    LaCTMemoryConfig,
     LaCTUpdateConfig,
 )
 from lightning_modules.ops import LaCTState
