@@ -111,7 +111,8 @@ def plan_grid(
         size: mini-batch size; None: a document is one mini-batch.
         pending: tokens of each row that come from the state before those of the call (some of
             them empty): the mini-batch size if the state is to be continued inside one, else 0.
-        lazy: a mini-batch may wait until it is full; else its last token closes it.
+        lazy: a mini-batch may wait until it is full; else its last token closes it. Rows that hold
+            nothing then begin in step with those that hold a full one.
 
     Returns:
         The grid, and the progress after the call with a `pending_count` that is the fill of the
@@ -127,7 +128,8 @@ def plan_grid(
     inside = position if size is None else position % size
     opens = valid & (inside == 0)
     kept = (waiting > 0) & ~(starts & (rank == 0)).any(1)
-    index = opens.cumsum(1) - 1 + kept.unsqueeze(1)
+    begun = kept | (lazy and pending > 0)
+    index = opens.cumsum(1) - 1 + begun.unsqueeze(1)
     last = index[:, -1]
     longest = time + (pending if lazy else max(pending - 1, 0))
     count, size = _extent(last, torch.where(valid, position, 0), size, longest, document_ids)

@@ -117,8 +117,8 @@ def _uneven(
 
 def _writing(grid: Grid, adapt: bool) -> Tensor:
     """Rows that write chunk n - 1 before they read chunk n, `[N, B]`."""
-    writing = (grid.fill > 0) & adapt
-    writing[0] = False
+    here = grid.fill > 0
+    writing = here & torch.cat([torch.zeros_like(here[:1]), here[:-1]]) & adapt
     return writing if grid.restart is None else writing & ~grid.restart
 
 
