@@ -27,7 +27,8 @@ class WindowState(NamedTuple):
     Attributes:
         keys: keys (rotated, if attention has rotary positions) of the last S real tokens of the
             document, newest last, zero where there are fewer, `[B, S, H, D]`. S is Wn - 1;
-            without a window it grows by T in every call.
+            without a window it grows by T in every call, and shrinks to the longest document when
+            rows have started afresh.
         values: their values, `[B, S, H, D]`.
         tokens_seen: real tokens of the document so far (int64, `[B]`).
         document_id: id of that document, without meaning where `tokens_seen` is 0 (int64, `[B]`).
@@ -47,7 +48,7 @@ class WindowPlan(NamedTuple):
 
     Attributes:
         positions: number of every token in its document, `[B, T]` or `[1, T]` (int64).
-        carried: S.
+        carried: S; of the state's columns the last S.
         window: Wn, or None.
         mask: real tokens, bool `[B, T]`, or None: all.
         order: where the j-th real token stands in the call, masked ones last, `[B, T]`, or None.
@@ -93,6 +94,8 @@ def plan_window(
         document_ids: int64 `[B, T]`: no token attends to another document's; None: one document.
         state: result of the call before; None starts fresh.
 
+    Without a window this waits for the device once, to know how far back the documents reach.
+
     Raises:
         ValueError: the state is of another window or of other rows.
     """
@@ -135,14 +138,16 @@ def plan_window(
 
 
 def _carried(state: WindowState, window: int | None, rows: int) -> int:
-    """S of a state, checked."""
+    """Columns of a state that are of use, checked. Waits for the device without a window."""
     if state.keys.shape[0] != rows:
         raise ValueError(
             f"the window holds {state.keys.shape[0]} rows, but the batch has {rows}: select the "
             "rows of the state, or start with state=None"
         )
     carried = state.keys.shape[1]
-    if window is not None and carried != window - 1:
+    if window is None:
+        return min(carried, int(state.tokens_seen.max()))
+    if carried != window - 1:
         raise ValueError(
             f"the window holds {carried} tokens, but window_size={window} carries {window - 1}: "
             "keep to one window_size, or start with state=None"
@@ -187,8 +192,9 @@ def window_attention(
         q, k, v = (_pick(x, plan.order) for x in (q, k, v))
     keys, values = k, v
     if state is not None:
-        keys = torch.cat([state.keys.to(k.dtype), k], dim=1)
-        values = torch.cat([state.values.to(v.dtype), v], dim=1)
+        used = slice(state.keys.shape[1] - plan.carried, None)
+        keys = torch.cat([state.keys[:, used].to(k.dtype), k], dim=1)
+        values = torch.cat([state.values[:, used].to(v.dtype), v], dim=1)
     after = WindowState(_keep(keys, plan), _keep(values, plan), plan.tokens_seen, plan.document_id)
     heads = [x.transpose(1, 2) for x in (q, keys, values)]
     out = (_attend(*heads, plan) if plan.flex is None else plan.flex(*heads)).transpose(1, 2)

@@ -252,6 +252,20 @@ def test_bfloat16_state_continues_in_the_dtype_of_the_call() -> None:
     assert out.dtype == state.keys.dtype == torch.float32
 
 
+def test_without_a_window_a_state_shrinks_when_its_rows_have_started_afresh() -> None:
+    q, k, v = _tokens()
+    _, long = window_attention(q, k, v, plan_window(q, None))
+    fresh = WindowState(*(torch.zeros_like(field) for field in long))
+    expected, once = window_attention(q, k, v, plan_window(q, None))
+    out, again = window_attention(q, k, v, plan_window(q, None, state=fresh), fresh)
+    torch.testing.assert_close(out, expected, **TIGHT)
+    assert again.keys.shape == once.keys.shape
+    # One row goes on, so that its tokens stay.
+    kept = WindowState(*(torch.cat([a[:1], b[1:]]) for a, b in zip(long, fresh, strict=True)))
+    _, after = window_attention(q, k, v, plan_window(q, None, state=kept), kept)
+    assert after.keys.shape[1] == 2 * LENGTH
+
+
 def test_a_state_of_another_window_or_other_rows_is_an_error() -> None:
     q, k, v = _tokens()
     _, state = window_attention(q, k, v, plan_window(q, 5))
