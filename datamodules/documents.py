@@ -116,7 +116,7 @@ def open_corpus(source: TextSource) -> Corpus:
 
 
 class FileCorpus:
-    """Files as documents, in the order of their names; an empty one is skipped.
+    """Files as documents, in the given order; an empty one is skipped.
 
     Args:
         files: name (relative to the folder, with slashes) -> file.
@@ -124,7 +124,7 @@ class FileCorpus:
     """
 
     def __init__(self, files: dict[str, Path], strict: bool = False) -> None:
-        self.files = dict(sorted(files.items()))
+        self.files = files
         self.strict = strict
 
     def __len__(self) -> int:

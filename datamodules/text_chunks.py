@@ -90,16 +90,15 @@ class PackedDocuments:
 
     def __getitem__(self, request: ChunkRequest) -> dict[str, Tensor]:
         """The row that the sampler asks for."""
-        first = request.file * self.chunk_length
+        first = max(0, request.file) * self.chunk_length
         end = first if request.idle else min(first + self.chunk_length, self.num_labels)
-        places = np.arange(first, end)
-        document = np.searchsorted(self._starts, places, side="right") - 1
-        positions = places + self._shifts[document]
+        places = np.arange(first, first + self.chunk_length)
+        real = places[: end - first]
+        positions = real + self._shifts[np.searchsorted(self._starts, real, side="right") - 1]
         tokens = self.store.tokens
         sample = padded(tokens[positions], tokens[positions + 1], self.chunk_length, self.pad_id)
-        # Padding belongs to the last document of its row, so that it begins none.
-        whole = np.minimum(np.arange(first, first + self.chunk_length), max(first, end - 1))
-        ids = np.searchsorted(self._begins, whole, side="right") - 1
+        # Padding stands behind the last document and has its id, so that it begins none.
+        ids = np.searchsorted(self._begins, places, side="right") - 1
         sample["document_ids"] = torch.from_numpy(ids)
         return sample
 

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -295,6 +296,17 @@ def test_features_and_provenance_describe_the_data(
     assert facts["bytes"] == sum(path.stat().st_size for path in folder.rglob("*.txt"))
     assert facts["tokens"] == sum(map(len, documents_of(data.store).values()))
     assert f"content_hash {facts['content_hash']}" in capsys.readouterr().out
+
+
+def test_rows_of_a_dataset_are_read_as_documents(tmp_path: Path) -> None:
+    texts = [f"number {n} " * (n + 1) for n in range(8)]
+    datasets.Dataset.from_dict({"text": [*texts, None]}).save_to_disk(tmp_path / "set")
+    source = {"kind": "datasets", "path": str(tmp_path / "set")}
+    with pytest.warns(UserWarning, match="1 of 9 documents were skipped: row 8 .NoneType"):
+        data = make_data(tmp_path / "set", source=source, tokenizer=BPE, val_fraction=0.3)
+    found = [data.tokenizer.decode(tokens) for tokens in documents_of(data.store).values()]
+    assert found == texts
+    assert data.provenance["source"] == "set" and len(data.provenance["content_hash"]) == 64
 
 
 CONFIG = """
