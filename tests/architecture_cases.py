@@ -81,6 +81,7 @@ class AdapterCase(NamedTuple):
         carries_state: whether it has fast weights.
         idle: shell patterns of parameters that take no part, e.g. of members not switched on.
         causal: whether it can only be causal, which the action expert of pi0 is not.
+        one_graph: whether `torch.compile` sees all of it; LaCT's loop over chunks it leaves alone.
     """
 
     adapter_type: str
@@ -89,6 +90,7 @@ class AdapterCase(NamedTuple):
     carries_state: bool = False
     idle: tuple[str, ...] = ()
     causal: bool = False
+    one_graph: bool = True
 
 
 MINI_BATCH = 4
@@ -112,7 +114,9 @@ ADAPTERS: dict[str, AdapterCase] = {
         {"ttt_mode": "parallel_attn", "layer": {**_LAYER, "kind": "mlp"}, "alpha_init": 0.0},
         True,
     ),
-    "lact": AdapterCase("lact", _LACT, {**_LACT, "alpha_init": 0.0}, True, causal=True),
+    "lact": AdapterCase(
+        "lact", _LACT, {**_LACT, "alpha_init": 0.0}, True, causal=True, one_graph=False
+    ),
     **{
         kind: AdapterCase(
             spec["adapter_type"],

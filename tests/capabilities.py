@@ -82,7 +82,7 @@ def generate(architecture: str, case: AdapterCase) -> None:
 
 
 def compile_in_place(architecture: str, case: AdapterCase, backend: str = "aot_eager") -> None:
-    """`model.compile()` gives the eager logits and states in two chunks of a stream, in one graph.
+    """`model.compile()` gives the eager logits and states in two chunks of a stream, in one graph if it can.
 
     The chunks are padded, so that the attention mask reaches the adapters too.
     """
@@ -93,8 +93,9 @@ def compile_in_place(architecture: str, case: AdapterCase, backend: str = "aot_e
     model.compile(backend=backend)
     for actual, wanted in zip(two_chunks(model), expected, strict=True):
         torch.testing.assert_close(actual, wanted, **CLOSE)
-    assert counters["stats"]["unique_graphs"] <= 2, "one graph when fresh, one that goes on"
-    assert not counters["graph_break"]
+    if case.one_graph:
+        assert counters["stats"]["unique_graphs"] <= 2, "one graph when fresh, one that goes on"
+        assert not counters["graph_break"]
 
 
 def checkpointing(architecture: str, case: AdapterCase) -> None:

@@ -18,7 +18,7 @@ from lightning_modules.layers.window_attention import (
     plan_window,
     window_attention,
 )
-from lightning_modules.ops.lact import lact
+from lightning_modules.ops import lact
 from lightning_modules.ops.states import LaCTState
 
 if TYPE_CHECKING:

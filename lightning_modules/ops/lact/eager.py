@@ -1,5 +1,9 @@
 """LaCT by matrix products over whole chunks."""
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -21,9 +25,23 @@ from lightning_modules.ops.lact.plan import plan
 from lightning_modules.ops.states import LaCTState
 
 
-# The number of chunks depends on the length: dynamo would compile their loop for each of them.
-@torch.compiler.disable
-def eager_lact(
+def eager_lact(*arguments: Any, **options: Any) -> tuple[Tensor, LaCTState]:
+    """LaCT by matrix products; arguments and results are those of `ops.lact`.
+
+    Inside `torch.compile` it runs as it is: the number of chunks depends on the length, so that
+    their loop would be compiled anew for each of them.
+    """
+    run = _outside_of_graphs() if torch.compiler.is_compiling() else _run
+    return run(*arguments, **options)
+
+
+@cache
+def _outside_of_graphs() -> Callable[..., tuple[Tensor, LaCTState]]:
+    # At the first use: it loads the compiler, which importing the ops should not.
+    return torch.compiler.disable(_run)
+
+
+def _run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -46,7 +64,6 @@ def eager_lact(
     recompute: bool,
     group: ProcessGroup | None,
 ) -> tuple[Tensor, LaCTState]:
-    """LaCT by matrix products; arguments and results are those of `ops.lact`."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     size = chunk_size if group is None else chunk_size // group.size()
     rule = Rule(muon, muon_dtype, prenorm, residual, greedy, group)
