@@ -82,9 +82,10 @@ def generate(architecture: str, case: AdapterCase) -> None:
 
 
 def compile_in_place(architecture: str, case: AdapterCase, backend: str = "aot_eager") -> None:
-    """`model.compile()` gives the eager logits and states in two chunks of a stream, in one graph if it can.
+    """`model.compile()` gives the eager logits and states in two chunks of a stream.
 
-    The chunks are padded, so that the attention mask reaches the adapters too.
+    In one graph, if the adapter can be. The chunks are padded, so that the attention mask reaches
+    the adapters too.
     """
     model = adapted_model(architecture, case)
     expected = two_chunks(model)
