@@ -287,7 +287,7 @@ def test_features_and_provenance_describe_the_data(
 ) -> None:
     data = make_data(folder, tokenizer=BPE)
     assert data.features == {
-        "vocab_size": 280, "bos_id": 0, "eos_id": 1, "pad_id": 2, "chunk_length": 16,
+        "vocab_size": 280, "bos_id": 0, "eos_id": 1, "pad_id": 2, "chunk_length": 16, "tbptt": 1,
         "mode": "stream", "tokenizer": "bpe",
     }  # fmt: skip
     assert make_data(folder).features["vocab_size"] == 259
