@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -10,6 +9,7 @@ from typing import Any
 
 from action_expert_trials import TRIALS
 from matplotlib.figure import Figure
+from training_runs import read
 
 from callbacks.closed_loop import wilson_interval
 
@@ -20,7 +20,7 @@ EPISODES = 100
 
 def report(out: Path) -> None:
     """Write `results.md` and `figures/*.png` below `out`, and print the table."""
-    results = read(out)
+    results = read(out, TRIALS)
     if not results:
         print("no complete run yet: nothing to report")
         return
@@ -37,16 +37,6 @@ def report(out: Path) -> None:
             curves(mine, tag).savefig(figures / f"{task}_{name}.png")
         for key, label in (("loss_by_chunk", "validation loss"), ("norm_by_chunk", "|dW|")):
             by_chunk(mine, key, label).savefig(figures / f"{task}_{key}.png")
-
-
-def read(out: Path) -> Results:
-    """Trial -> its complete runs by seed, in the order of `TRIALS`."""
-    found = defaultdict(list)
-    for name in TRIALS:
-        for path in sorted((out / name).glob("seed_*/result.json")):
-            seed = int(path.parent.name.removeprefix("seed_"))
-            found[name].append({"seed": seed, **json.loads(path.read_text())})
-    return dict(found)
 
 
 def table(results: Results) -> str:

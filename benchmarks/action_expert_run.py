@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import sys
 from collections import defaultdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import torch
 import yaml
 from action_expert_trials import TRIALS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training_runs import machine, write_json
 
 import cli
 from callbacks.closed_loop import wilson_interval
@@ -44,24 +42,8 @@ def train(folder: Path) -> None:
         if tag in events.Tags()["scalars"]
     }
     times = [event.wall_time for event in events.Scalars("train/loss")]
-    training = {**machine(), "seconds": times[-1] - times[0], "curves": curves}
+    training = {**machine(PACKAGES), "seconds": times[-1] - times[0], "curves": curves}
     write_json(folder / "training.json", training)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is there completely or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1))
-    partial.replace(path)
-
-
-def machine() -> dict[str, Any]:
-    """Where and with what this was measured."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "machine": f"{os.cpu_count()} cores" + (f", {gpu}" if gpu else ""),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
-    }
 
 
 def evaluate(name: str, folder: Path) -> None:
@@ -84,7 +66,7 @@ def evaluate(name: str, folder: Path) -> None:
         "success": solved / TEST_EPISODES,
         "interval": wilson_interval(solved, TEST_EPISODES),
         **by_chunk(module, data),
-        **machine(),
+        **machine(PACKAGES),
         "training": json.loads((folder / "training.json").read_text()),
     }
     write_json(folder / "result.json", result)

@@ -21,7 +21,7 @@ sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "test
 
 import torch  # noqa: E402
 from architecture_cases import ADAPTERS  # noqa: E402
-from capabilities import CAPABILITIES, MODELS  # noqa: E402
+from capabilities import CAPABILITIES, MODELS, models_of  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 Results = dict[tuple[str, str, str], bool]
@@ -47,6 +47,8 @@ def main() -> int:
     start, results = time.perf_counter(), {}
     for architecture in options.architectures:
         for adapter in options.adapters:
+            if architecture not in models_of(ADAPTERS[adapter]):
+                continue
             for capability in options.capabilities:
                 key = (architecture, adapter, capability)
                 results[key] = passes(*key)
@@ -68,16 +70,17 @@ def passes(architecture: str, adapter: str, capability: str) -> bool:
 
 def table(results: Results, capabilities: list[str]) -> str:
     """One row per adapter; a cell counts the architectures, and names those that fail."""
-    architectures = list(dict.fromkeys(key[0] for key in results))
     lines = _header(["adapter"], capabilities)
     for adapter in dict.fromkeys(key[1] for key in results):
+        architectures = list(dict.fromkeys(a for a, name, _ in results if name == adapter))
         cells = []
         for capability in capabilities:
             failing = [a for a in architectures if not results[a, adapter, capability]]
             count = f"{len(architectures) - len(failing)}/{len(architectures)}"
             cells.append(f"{count} (not {', '.join(failing)})" if failing else count)
         lines.append(f"| {adapter} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"Architectures: {', '.join(architectures)}."])
+    everywhere = dict.fromkeys(key[0] for key in results)
+    return "\n".join([*lines, "", f"Architectures: {', '.join(everywhere)}."])
 
 
 def full_table(results: Results, capabilities: list[str]) -> str:

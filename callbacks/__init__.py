@@ -6,6 +6,7 @@ from callbacks.ema import EMA
 from callbacks.fast_weights import FastWeightMonitor
 from callbacks.file_boundary import FileBoundaryReset
 from callbacks.gates import GateMonitor
+from callbacks.position_loss import PositionLossMonitor
 from callbacks.prediction_writer import PredictionWriter
 from callbacks.stream_checkpoint import StreamStateCheckpoint
 from callbacks.throughput import Throughput
@@ -17,6 +18,7 @@ __all__ = [
     "FastWeightMonitor",
     "FileBoundaryReset",
     "GateMonitor",
+    "PositionLossMonitor",
     "PredictionWriter",
     "StreamStateCheckpoint",
     "Throughput",

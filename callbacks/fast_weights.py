@@ -30,10 +30,10 @@ class FastWeightMonitor(Monitor):
     Means over rows and heads, per layer: `fast_weight/state_norm/layer_03` = |dW|,
     `relative_change` = |dW| / |W| (and `relative_change_max`), `cosine` between W + dW and W, and
     `eta`, the inner learning rate as used. In the step that ends with a flush also
-    `inner_loss_before` and `inner_loss_after`, the objective that is optimised,
-    1/2 || LN(f(k)) - (v - k) ||^2 per token, before and after the call's update. One tag without a
-    layer, of all steps: `fast_weight/reset_share`, the share of rows that began a file. A heat map
-    shows the state's norm by chunk index in the file.
+    `inner_loss_before` and `inner_loss_after`, the objective that is optimised, per token, before
+    and after the call's update: 1/2 || LN(f(k)) - (v - k) ||^2 for TTT, -<f(k), v> for LaCT. One
+    tag without a layer, of all steps: `fast_weight/reset_share`, the share of rows that began a
+    file. A heat map shows the state's norm by chunk index in the file.
 
     NaN or Inf in a state stops the run at the next flush and names layer, row, stream and step.
 

@@ -9,11 +9,19 @@ from typing import Any
 
 _HOMES = {
     "ActionChunkDataModule": "datamodules.action_chunks",
+    "RecallDataModule": "datamodules.recall",
     "RecordedSimulation": "datamodules.action_chunks",
     "StreamDataModule": "datamodules.base",
+    "TextStreamDataModule": "datamodules.text_streams",
 }
 
-__all__ = ["ActionChunkDataModule", "RecordedSimulation", "StreamDataModule"]
+__all__ = [
+    "ActionChunkDataModule",
+    "RecallDataModule",
+    "RecordedSimulation",
+    "StreamDataModule",
+    "TextStreamDataModule",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -14,6 +13,7 @@ from torch import Tensor
 from datamodules.cameras import Camera
 from datamodules.lerobot import LeRobotDataset
 from datamodules.sampler import ChunkRequest
+from datamodules.splits import split_by_hash, unit_hash
 from datamodules.statistics import Statistics, feature_statistics
 
 ArrayT = TypeVar("ArrayT", np.ndarray, Tensor)
@@ -93,30 +93,15 @@ def split_episodes(
 ) -> tuple[list[int], list[int]]:
     """Positions of the training and of the validation episodes.
 
-    An episode belongs to validation if a hash of the seed and its number falls below
-    `val_fraction`, so episodes that are added later move no other one. The episode with the
-    smallest hash is always taken: a wanted validation set is never empty.
+    A hash of the seed and an episode's number decides (see `split_by_hash`), so episodes that are
+    added later move no other one.
 
     Raises:
         ValueError: the fraction is not in [0, 1), or no training episode is left.
     """
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction={val_fraction} must be at least 0 and below 1")
-    hashes = [_unit_hash(f"{seed}:{int(episode)}") for episode in episode_index]
-    threshold = max(val_fraction, min(hashes)) if val_fraction > 0 else -1.0
-    validation = [i for i, value in enumerate(hashes) if value <= threshold]
-    training = [i for i, value in enumerate(hashes) if value > threshold]
-    if not training:
-        raise ValueError(
-            f"val_fraction={val_fraction} leaves none of the {len(hashes)} episodes for training; "
-            "record more episodes or set val_fraction to 0"
-        )
-    return training, validation
-
-
-def _unit_hash(text: str) -> float:
-    digest = hashlib.sha256(text.encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+    hashes = [unit_hash(f"{seed}:{int(episode)}") for episode in episode_index]
+    training, validation = split_by_hash(hashes, val_fraction, "episodes")
+    return training.tolist(), validation.tolist()
 
 
 class ActionChunkDataset:

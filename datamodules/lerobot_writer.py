@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -14,8 +11,8 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 
+from datamodules.atomic_folder import AtomicFolder
 from datamodules.lerobot import (
     CHUNK_FILE,
     DATA_PATH,
@@ -35,8 +32,8 @@ VIDEO_FILE_SIZE_MB = 200
 class LeRobotWriter:
     """Collects episodes in a hidden folder beside `path` and renames it when all are there.
 
-    A recording that is interrupted therefore never looks complete; what it left behind is removed
-    by the next writer for the same path. A second process waits for the first one's lock.
+    A recording that is interrupted never looks complete, and a second process waits for the first
+    one: see `AtomicFolder`.
 
         with LeRobotWriter(path, fps=25, features=features) as writer:
             writer.add_episode({"observation.state": states, "action": actions}, task="Push.")
@@ -76,24 +73,8 @@ class LeRobotWriter:
         self._metadata: dict[str, Any] = {}
         self._file: pq.ParquetWriter | None = None
         self._file_index = -1
-        self._open_folder()
-
-    def _open_folder(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            print(f"waiting for another process that is writing {self.path}", flush=True)
-            self._lock.acquire()
-        if self.path.exists():
-            self._lock.release()
-            raise FileExistsError(f"{self.path} exists; remove it or write to another folder")
-        prefix = f".{self.path.name}.partial-"
-        for leftover in self.path.parent.glob(f"{prefix}*"):
-            shutil.rmtree(leftover)
-        self._folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self.path.parent))
-        self._folder.chmod(0o755)
+        self._target = AtomicFolder(self.path)
+        self._folder = self._target.folder
 
     def __enter__(self) -> Self:
         return self
@@ -167,10 +148,7 @@ class LeRobotWriter:
             raise ValueError(f"{self.path}: no episode was added, so there is nothing to write")
         try:
             self._write_metadata()
-            _flush_to_disk(self._folder)
-            if self.path.exists():
-                raise FileExistsError(f"{self.path} was written by somebody else meanwhile")
-            self._folder.rename(self.path)
+            self._target.commit()
         finally:
             self.discard()
 
@@ -179,8 +157,7 @@ class LeRobotWriter:
         if self._file is not None:
             self._file.close()
             self._file = None
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._lock.release()
+        self._target.discard()
 
     def _check(self, frames: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         episode = f"episode {len(self._episodes)} of {self.path}"
@@ -306,12 +283,3 @@ def _tasks_table(tasks: Mapping[str, int]) -> pa.Table:
         ],
     }
     return table.replace_schema_metadata({"pandas": json.dumps(description)})
-
-
-def _flush_to_disk(folder: Path) -> None:
-    """Make sure that a power failure cannot leave the final name with unwritten files."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)

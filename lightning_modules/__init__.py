@@ -7,7 +7,10 @@ The modules are imported on first use, so that `lightning_modules.ops` and
 from importlib import import_module
 from typing import Any
 
-_MODULES = {"ActionExpertModule": "lightning_modules.action_expert"}
+_MODULES = {
+    "ActionExpertModule": "lightning_modules.action_expert",
+    "LaCTModule": "lightning_modules.lact",
+}
 
 __all__ = list(_MODULES)
 

@@ -16,8 +16,9 @@ class FastStateCache(DynamicCache):
 
     `model.generate(..., past_key_values=FastStateCache(model.config))` reads the prompt once and
     decodes token by token; adapters take their state from the cache and leave the next one there
-    (see `BaseAttentionAdapter`), whatever their state is made of. A call of the model with both,
-    `fast_state=` and such a cache, uses `fast_state` and leaves the cache's state alone.
+    (see `BaseAttentionAdapter`), whatever their state is made of; a LaCT model makes such a cache
+    itself, and has nothing else in it. A call of the model with both, `fast_state=` and such a
+    cache, uses `fast_state` and leaves the cache's state alone.
 
     Generate again with the same cache and the longer sequence to continue; `copy.deepcopy` of a
     cache starts several continuations from one prompt. Beams, repeated and selected rows take
@@ -25,6 +26,10 @@ class FastStateCache(DynamicCache):
     take some back (assisted decoding, prompt lookup) end in an error, see `crop`. A row that
     finishes early reads padding until the last one does, with its fast weights as with its keys:
     do not continue such a row.
+
+    Attributes:
+        fast_state: handle with which the next call begins.
+        tokens_read: length of what was read, as counted by a model without keys and values here.
 
     Args:
         config: of the model, or of its decoder; says which layers attend to a sliding window.
@@ -43,6 +48,11 @@ class FastStateCache(DynamicCache):
             )
         super().__init__(config=config)
         self.fast_state = FastState(slots, adapt=adapt)
+        self.tokens_read = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens read so far, also by a model that leaves no keys and values here."""
+        return max(super().get_seq_length(layer_idx), self.tokens_read)
 
     @property
     def slots(self) -> Slots:
@@ -58,6 +68,7 @@ class FastStateCache(DynamicCache):
         """Forget keys, values and fast state: every row is fresh."""
         super().reset()
         self.fast_state = FastState(adapt=self.fast_state.adapt)
+        self.tokens_read = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was; beam_idx int64 `[B]`."""
@@ -100,3 +111,19 @@ class FastStateCache(DynamicCache):
     def __repr__(self) -> str:
         slots: Any = list(self.slots) or "fresh"
         return f"{type(self).__name__}(layers={self.layers}, fast_state={slots})"
+
+
+def state_of(cache: Any, rows: int) -> FastState:
+    """The fast state that a cache carries, for a batch of so many rows.
+
+    Raises:
+        ValueError: it is of another number of rows.
+    """
+    known = cache.fast_state.rows
+    if known not in (None, rows):
+        raise ValueError(
+            f"the cache holds fast state of {known} rows, but the batch has {rows}: repeat "
+            "them (cache.batch_repeat_interleave(num_beams)), select them "
+            "(cache.batch_select_indices), or use another cache"
+        )
+    return cache.fast_state

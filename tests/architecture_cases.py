@@ -80,6 +80,8 @@ class AdapterCase(NamedTuple):
         zero: options with which it adds exactly nothing; None if it starts like that anyway.
         carries_state: whether it has fast weights.
         idle: shell patterns of parameters that take no part, e.g. of members not switched on.
+        causal: whether it can only be causal, which the action expert of pi0 is not.
+        one_graph: whether `torch.compile` sees all of it; LaCT's loop over chunks it leaves alone.
     """
 
     adapter_type: str
@@ -87,6 +89,8 @@ class AdapterCase(NamedTuple):
     zero: dict[str, Any] | None = None
     carries_state: bool = False
     idle: tuple[str, ...] = ()
+    causal: bool = False
+    one_graph: bool = True
 
 
 MINI_BATCH = 4
@@ -95,6 +99,10 @@ IDLE = {
     "nested": ("*.either.members.other.*",),
 }
 """Members of `adapter_cases.KINDS` that are switched off."""
+_LACT = {
+    "memory": {"num_lact_heads": 2, "r": 2, "residual_ttt": True},
+    "update": {"lact_chunk_size": MINI_BATCH},
+}
 _LAYER = {"num_heads": 2, "causal": True, "mini_batch_size": MINI_BATCH}
 
 ADAPTERS: dict[str, AdapterCase] = {
@@ -105,6 +113,9 @@ ADAPTERS: dict[str, AdapterCase] = {
         {"ttt_mode": "parallel_attn", "layer": {**_LAYER, "kind": "mlp"}},
         {"ttt_mode": "parallel_attn", "layer": {**_LAYER, "kind": "mlp"}, "alpha_init": 0.0},
         True,
+    ),
+    "lact": AdapterCase(
+        "lact", _LACT, {**_LACT, "alpha_init": 0.0}, True, causal=True, one_graph=False
     ),
     **{
         kind: AdapterCase(

@@ -19,6 +19,7 @@ from lightning_modules.adapters.inject import (
     parameter_group,
     remove_adapters,
 )
+from lightning_modules.adapters.lact import LaCTAdapterConfig, LaCTAttentionAdapter
 from lightning_modules.adapters.lora import LoRAAdapterConfig, LoRAAttentionAdapter
 from lightning_modules.adapters.merge import merge_adapters, unmerge_adapters
 from lightning_modules.adapters.noop import NoOpAttentionAdapter, NoOpConfig
@@ -42,6 +43,8 @@ __all__ = [
     "BaseAttentionAdapter",
     "CompositeAdapter",
     "CompositeConfig",
+    "LaCTAdapterConfig",
+    "LaCTAttentionAdapter",
     "LoRAAdapterConfig",
     "LoRAAttentionAdapter",
     "MemberSpec",

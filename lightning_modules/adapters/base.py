@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_modules.generation import state_of
 from lightning_modules.streams import FastState
 
 BASE = "base_attention"
@@ -92,7 +94,7 @@ class BaseAttentionAdapter(nn.Module):
         context = {key: kwargs.pop(key) for key in CONTEXT_KEYS if key in kwargs}
         cache = kwargs.get("past_key_values") if context.get("fast_state") is None else None
         if carries := isinstance(getattr(cache, "fast_state", None), FastState):
-            context["fast_state"] = self._state_of(cache, len(hidden_states))
+            context["fast_state"] = state_of(cache, len(hidden_states))
         elif cache is not None:
             self._check_nothing_missed(cache)
         returned = self.attend(hidden_states, **kwargs)
@@ -207,17 +209,6 @@ class BaseAttentionAdapter(nn.Module):
         base = self._modules.get(BASE)
         return type(self if base is None else base).__name__
 
-    def _state_of(self, cache: Any, rows: int) -> FastState:
-        """The fast state that a cache carries, for a batch of so many rows."""
-        known = cache.fast_state.rows
-        if known not in (None, rows):
-            raise ValueError(
-                f"the cache holds fast state of {known} rows, but the batch has {rows}: repeat "
-                "them (cache.batch_repeat_interleave(num_beams)), select them "
-                "(cache.batch_select_indices), or use another cache"
-            )
-        return cache.fast_state
-
     def _check_nothing_missed(self, cache: Any) -> None:
         """Raise if a cache without fast state holds tokens that a memory would have to know."""
         layer = getattr(self, "layer_idx", None)
@@ -245,6 +236,32 @@ def check_attention(attention: nn.Module) -> None:
 def gated(branch: Tensor, gate: Tensor | None) -> Tensor:
     """`branch * gate`, or the branch itself without a gate."""
     return branch if gate is None else branch * gate
+
+
+def publish_gates(
+    fast_state: FastState,
+    slot: str,
+    gates: Mapping[str, Tensor | None],
+    branches: Mapping[str, Tensor | None],
+    residual: Tensor | None,
+) -> None:
+    """Publish gates as applied, and the size of each gated branch relative to the residual stream.
+
+    Args:
+        fast_state: where to publish.
+        slot: of the adapter.
+        gates: name -> gate; None where there is none.
+        branches: name -> gated branch, `[B, T, hidden]`.
+        residual: residual stream before attention, `[B, T, hidden]`; None where it is not known.
+    """
+    values = dict(gates)
+    if residual is not None:
+        scale = residual.detach().flatten(1).float().norm(dim=1)
+        for name, branch in branches.items():
+            if branch is not None:
+                values[f"ratio_{name}"] = branch.detach().flatten(1).float().norm(dim=1) / scale
+    present = {name: value for name, value in values.items() if value is not None}
+    fast_state.publish("gate", slot, **present)
 
 
 def _accept_base_keys(adapter: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from lightning_modules.adapters.base import BaseAttentionAdapter, gated
+from lightning_modules.adapters.base import BaseAttentionAdapter, gated, publish_gates
 from lightning_modules.adapters.registry import register_attention_adapter
 from lightning_modules.layers.adarms import AdaRMSNorm
 from lightning_modules.layers.gates import BranchGate, GateKind
@@ -170,8 +170,9 @@ class TTTAttentionAdapter(BaseAttentionAdapter):
         gate = self.ttt_gate(branch, adarms_cond, segments, norm_gate)
         added = gated(branch, gate)
         if fast_state is not None and fast_state.listens("gate"):
+            gates = {"gate_attn": gate_attn, "gate_ttt": gate, "alpha": self.ttt_gate.static()}
             branches = {"attn": attention, "ttt": added}
-            self._publish(fast_state, gate_attn, gate, residual, branches)
+            publish_gates(fast_state, self.slot, gates, branches, residual)
         return added
 
     def _source(
@@ -215,21 +216,3 @@ class TTTAttentionAdapter(BaseAttentionAdapter):
         out, state = self.ttt(x, state=state, fast_state=fast_state, slot=slot, **tokens)
         fast_state.write(slot, state)
         return out
-
-    def _publish(
-        self,
-        fast_state: FastState,
-        gate_attn: Tensor | None,
-        gate_ttt: Tensor | None,
-        residual: Tensor | None,
-        branches: dict[str, Tensor | None],
-    ) -> None:
-        """Gates as applied, and the size of each gated branch relative to the residual stream."""
-        values = {"gate_attn": gate_attn, "gate_ttt": gate_ttt, "alpha": self.ttt_gate.static()}
-        if residual is not None:
-            scale = residual.detach().flatten(1).float().norm(dim=1)
-            for name, branch in branches.items():
-                if branch is not None:
-                    values[f"ratio_{name}"] = branch.detach().flatten(1).float().norm(dim=1) / scale
-        present = {name: value for name, value in values.items() if value is not None}
-        fast_state.publish("gate", self.slot, **present)

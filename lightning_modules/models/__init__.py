@@ -1,1 +1,1 @@
-"""Whole models, and the mathematics of their training: flow matching and the action expert."""
+"""Whole models (action expert, LaCT language models), and the mathematics of flow matching."""

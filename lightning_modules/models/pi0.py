@@ -8,7 +8,6 @@ expert; the prefix depends neither on noise nor on time and is computed once per
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,6 +32,7 @@ from lightning_modules.models.backbone import (
     with_unseen_observation,
     write_mask,
 )
+from lightning_modules.models.frozen import fingerprint
 from lightning_modules.models.pi0_cache import PrefixCache, PrefixRecorder
 from lightning_modules.models.pi0_inputs import PI0Inputs, load_processor
 from lightning_modules.models.pi0_options import PI0Options
@@ -224,13 +224,8 @@ class PI0Expert(Backbone):
     def fingerprint(self) -> str | None:
         """Hash of names, shapes and some values, spread out, of the frozen parameters."""
         if self._hash is None and self._left_out:
-            digest = hashlib.sha256()
-            for name, parameter in self.named_parameters():
-                if name in self._left_out:
-                    stride = max(1, parameter.numel() // 64)
-                    values = parameter.detach().flatten()[::stride].float().cpu().tolist()
-                    digest.update(f"{name} {tuple(parameter.shape)} {values}".encode())
-            self._hash = digest.hexdigest()[:16]
+            frozen = ((n, p) for n, p in self.named_parameters() if n in self._left_out)
+            self._hash = fingerprint(frozen)
         return self._hash
 
 

@@ -3,8 +3,9 @@
 Importing this package loads torch only.
 """
 
-from lightning_modules.ops.states import TTTLinearState, TTTMLPState
+from lightning_modules.ops.lact import lact
+from lightning_modules.ops.states import LaCTState, TTTLinearState, TTTMLPState
 from lightning_modules.ops.ttt_linear import ttt_linear
 from lightning_modules.ops.ttt_mlp import ttt_mlp
 
-__all__ = ["TTTLinearState", "TTTMLPState", "ttt_linear", "ttt_mlp"]
+__all__ = ["LaCTState", "TTTLinearState", "TTTMLPState", "lact", "ttt_linear", "ttt_mlp"]

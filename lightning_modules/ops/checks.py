@@ -33,17 +33,46 @@ def check_shape(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape {wanted}, but has {list(tensor.shape)}")
 
 
-def check_ttt_tokens(
-    q: Tensor, k: Tensor, v: Tensor, eta: Tensor, norm_weight: Tensor, norm_bias: Tensor
-) -> None:
-    """Raise ValueError unless q, k, v are `[B, T, H, D]`, eta `[B, T, H]`, the norm `[H, D]`."""
+def check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless q, k and v are `[B, T, H, D]` alike, T at least 1, q real-valued."""
     if q.dim() != 4 or q.shape[1] == 0:
         raise ValueError(f"q must be [B, T, H, D] with T >= 1, but has shape {list(q.shape)}")
     if not q.is_floating_point():
         raise ValueError(f"q must be floating point, but is {q.dtype}; convert it first")
+    check_shape("k", k, tuple(q.shape))
+    check_shape("v", v, tuple(q.shape))
+
+
+def check_mask(name: str, mask: Tensor | None, q: Tensor) -> None:
+    """Raise ValueError unless the mask is None or bool `[B, T]`."""
+    if mask is None:
+        return
+    check_shape(name, mask, tuple(q.shape[:2]))
+    if mask.dtype != torch.bool:
+        raise ValueError(f"{name} must be bool, but is {mask.dtype}: pass {name}.bool()")
+
+
+def check_document_ids(document_ids: Tensor | None, q: Tensor) -> None:
+    """Raise ValueError unless the ids are None or integers `[B, T]`."""
+    if document_ids is None:
+        return
+    check_shape("document_ids", document_ids, tuple(q.shape[:2]))
+    if document_ids.is_floating_point() or document_ids.dtype == torch.bool:
+        raise ValueError(f"document_ids must be integers, but are {document_ids.dtype}")
+
+
+def check_state_class(state: Any, state_class: type[Any]) -> None:
+    """Raise TypeError if the state is of another op."""
+    if not isinstance(state, state_class):
+        raise TypeError(f"state must be a {state_class.__name__}, but is a {type(state).__name__}")
+
+
+def check_ttt_tokens(
+    q: Tensor, k: Tensor, v: Tensor, eta: Tensor, norm_weight: Tensor, norm_bias: Tensor
+) -> None:
+    """Raise ValueError unless q, k, v are `[B, T, H, D]`, eta `[B, T, H]`, the norm `[H, D]`."""
+    check_tokens(q, k, v)
     batch, time, heads, size = q.shape
-    check_shape("k", k, (batch, time, heads, size))
-    check_shape("v", v, (batch, time, heads, size))
     check_shape("eta", eta, (batch, time, heads))
     check_shape("norm_weight", norm_weight, (heads, size))
     check_shape("norm_bias", norm_bias, (heads, size))
@@ -83,15 +112,9 @@ def check_ttt_options(
         )
     if token_eta is not None:
         check_shape("token_eta", token_eta, (mini_batch_size or 0,))
-    for name, tensor in (("mask", mask), ("write_mask", write_mask)):
-        if tensor is not None:
-            check_shape(name, tensor, tuple(q.shape[:2]))
-            if tensor.dtype != torch.bool:
-                raise ValueError(f"{name} must be bool, but is {tensor.dtype}: pass {name}.bool()")
-    if document_ids is not None:
-        check_shape("document_ids", document_ids, tuple(q.shape[:2]))
-        if document_ids.is_floating_point() or document_ids.dtype == torch.bool:
-            raise ValueError(f"document_ids must be integers, but are {document_ids.dtype}")
+    check_mask("mask", mask, q)
+    check_mask("write_mask", write_mask, q)
+    check_document_ids(document_ids, q)
 
 
 def check_ttt_state(
@@ -117,8 +140,7 @@ def check_ttt_state(
     """
     if state is None:
         return
-    if not isinstance(state, state_class):
-        raise TypeError(f"state must be a {state_class.__name__}, but is a {type(state).__name__}")
+    check_state_class(state, state_class)
     batch, _, heads, size = q.shape
     for name, own in deltas.items():
         check_shape(f"state.{name}", getattr(state, name), (batch, heads, *own))

@@ -1,4 +1,4 @@
-"""States that the TTT ops take and return, so that a sequence can be read in pieces.
+"""States that the ops take and return, so that a sequence can be read in pieces.
 
 **All zeros means fresh**: a row whose tensors are all zero stands for the learned initial weights
 before any token, so that resetting a row is multiplying it by zero.
@@ -65,5 +65,56 @@ class TTTMLPState(NamedTuple):
     pending_v: Tensor
     pending_eta: Tensor
     pending_count: Tensor
+    tokens_seen: Tensor
+    document_id: Tensor
+
+
+class LaCTState(NamedTuple):
+    """What LaCT carries from one call to the next.
+
+    Unlike the states above it holds the weights themselves, not their change: their rows are
+    rescaled after every update. A row with `tokens_seen` 0 is fresh, whatever else it holds, and
+    all of it is zero. Fields that the options do not need have a size of 0 in place of r (of C for
+    `pending_momentum`). Symbols: `r` blocks, `F` hidden size, `C` the chunk size, `L` what a
+    learning rate has per token and head: `[3]`, or `[3, D]` per channel.
+
+    Attributes:
+        w0: first weight in use, `[B, r, H, F, D]`.
+        w1: second weight, `[B, r, H, D, F]`.
+        w2: weight of the product, `[B, r, H, F, D]`.
+        main_w0: weight before its rows are rescaled (pre-norm only); so are `main_w1`, `main_w2`.
+        momentum_w0: momentum buffer (with momentum only); so are `momentum_w1`, `momentum_w2`.
+        norm_w0: norms of the rows when the document began, `[B, r, H, F, 1]`.
+        norm_w1: `[B, r, H, D, 1]`.
+        norm_w2: `[B, r, H, F, 1]`.
+        pending_k: keys of the open chunk, zero from `pending_count` on, `[B, C, H, D]`.
+        pending_v: its values, `[B, C, H, D]`.
+        pending_lr: its learning rates, `[B, C, H, *L]`.
+        pending_momentum: its momentum coefficients, `[B, C, H]`.
+        pending_count: tokens in the open chunk, 1 to C: a full chunk is written when the next
+            token arrives (int64, `[B]`).
+        updates: chunks of the document that were written (int64, `[B]`).
+        tokens_seen: as in `TTTLinearState`.
+        document_id: as in `TTTLinearState`.
+    """
+
+    w0: Tensor
+    w1: Tensor
+    w2: Tensor
+    main_w0: Tensor
+    main_w1: Tensor
+    main_w2: Tensor
+    momentum_w0: Tensor
+    momentum_w1: Tensor
+    momentum_w2: Tensor
+    norm_w0: Tensor
+    norm_w1: Tensor
+    norm_w2: Tensor
+    pending_k: Tensor
+    pending_v: Tensor
+    pending_lr: Tensor
+    pending_momentum: Tensor
+    pending_count: Tensor
+    updates: Tensor
     tokens_seen: Tensor
     document_id: Tensor

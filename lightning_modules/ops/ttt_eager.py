@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, pad
 
-from lightning_modules.ops.ttt_grid import Grid, Progress, arrange, plan_grid, restore
+from lightning_modules.ops.grid import Grid, Progress, arrange, plan_grid, restore
 
 Tensors = tuple[Tensor, ...]
 State = TypeVar("State", bound=tuple[Tensor, ...])

@@ -3,13 +3,15 @@
 import pytest
 import torch
 from architecture_cases import ADAPTERS, adapted_model
-from capabilities import CAPABILITIES, MODELS, losses_and_gradients
+from capabilities import CAPABILITIES, MODELS, losses_and_gradients, models_of
 
 EAGER = [name for name in CAPABILITIES if name != "compile"]
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("architecture", MODELS)
+ROWS = [(model, name) for name, case in ADAPTERS.items() for model in models_of(case)]
+
+
+@pytest.mark.parametrize(("architecture", "adapter"), ROWS)
 @pytest.mark.parametrize("capability", EAGER)
 def test_capability_as_its_check_says(capability: str, architecture: str, adapter: str) -> None:
     CAPABILITIES[capability](architecture, ADAPTERS[adapter])

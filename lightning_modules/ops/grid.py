@@ -4,7 +4,8 @@ Tokens come as `[B, S, H, E]` and are worked on as `[N, H, B, m, E]`: N mini-bat
 other, each of them one contiguous block of `H * B` small matrices. Two layouts share the functions
 below. Without a `Grid`, all rows are cut alike (a reshape; the last mini-batch is filled up with
 zeros). With a `Grid`, each row is cut on its own: masked tokens take no slot, a document starts a
-mini-batch, and the tokens that a state left pending come first.
+mini-batch, and the tokens that a state left pending come first. The chunks of LaCT are
+mini-batches in this file.
 """
 
 from typing import Any, NamedTuple
@@ -50,7 +51,7 @@ class Progress(NamedTuple):
         return cls(*(torch.zeros(like.shape[0], dtype=torch.int64, device=like.device),) * 3)
 
 
-class _MoveRows(torch.autograd.Function):
+class MoveRows(torch.autograd.Function):
     """`out[i] = rows[index[i]]`, 0 where the index is -1; `inverse[index[i]] = i`.
 
     No row is read twice, so that the gradient moves rows back instead of adding them up: this is
@@ -66,14 +67,14 @@ class _MoveRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         index, inverse = ctx.saved_tensors
-        return _MoveRows.apply(grad, inverse, index), None, None
+        return MoveRows.apply(grad, inverse, index), None, None
 
 
 def arrange(x: Tensor, size: int, grid: Grid | None) -> Tensor:
     """Tokens `[B, S, H, E]` as mini-batches `[N, H, B, m, E]` (a view), empty slots 0."""
     batch, time, *inner = x.shape
     if grid is not None:
-        rows = _MoveRows.apply(x.reshape(batch * time, -1), grid.token, grid.slot)
+        rows = MoveRows.apply(x.reshape(batch * time, -1), grid.token, grid.slot)
         return rows.view(-1, batch, size, *inner).permute(0, 3, 1, 2, 4)
     if time % size:
         x = pad(x, (0, 0, 0, 0, 0, -time % size))
@@ -85,7 +86,7 @@ def restore(x: Tensor, time: int, grid: Grid | None) -> Tensor:
     _, heads, batch, _, inner = x.shape
     if grid is None:
         return x.permute(2, 0, 3, 1, 4).flatten(1, 2)[:, :time]
-    rows = _MoveRows.apply(
+    rows = MoveRows.apply(
         x.permute(0, 2, 3, 1, 4).reshape(-1, heads * inner), grid.slot, grid.token
     )
     return rows.view(batch, -1, heads, inner)[:, -time:]
@@ -98,6 +99,7 @@ def plan_grid(
     progress: Progress,
     size: int | None,
     pending: int,
+    lazy: bool = False,
 ) -> tuple[Grid, Progress]:
     """Give each token its slot. Synchronises with the device once, only if there are documents.
 
@@ -109,6 +111,8 @@ def plan_grid(
         size: mini-batch size; None: a document is one mini-batch.
         pending: tokens of each row that come from the state before those of the call (some of
             them empty): the mini-batch size if the state is to be continued inside one, else 0.
+        lazy: a mini-batch may wait until it is full; else its last token closes it. Rows that hold
+            nothing then begin in step with those that hold a full one.
 
     Returns:
         The grid, and the progress after the call with a `pending_count` that is the fill of the
@@ -124,9 +128,11 @@ def plan_grid(
     inside = position if size is None else position % size
     opens = valid & (inside == 0)
     kept = (waiting > 0) & ~(starts & (rank == 0)).any(1)
-    index = opens.cumsum(1) - 1 + kept.unsqueeze(1)
+    begun = kept | (lazy and pending > 0)
+    index = opens.cumsum(1) - 1 + begun.unsqueeze(1)
     last = index[:, -1]
-    count, size = _extent(last, torch.where(valid, position, 0), size, time, pending, document_ids)
+    longest = time + (pending if lazy else max(pending - 1, 0))
+    count, size = _extent(last, torch.where(valid, position, 0), size, longest, document_ids)
 
     slot = torch.where(valid, (index * batch + row) * size + inside, -1)
     if pending:
@@ -145,11 +151,11 @@ def _grid(slot: Tensor, first: Tensor | None, last: Tensor, shape: tuple[int, in
     `first` holds the mini-batch `n * B + row` that a token opens with a new document, else -1.
     """
     count, batch, size = shape
-    token = _inverse(slot.flatten(), count * batch * size)
+    token = inverse(slot.flatten(), count * batch * size)
     fill = (token >= 0).view(shape).sum(-1)
     restart = None
     if first is not None:
-        restart = (_inverse(first.flatten(), count * batch) >= 0).view(count, batch)
+        restart = (inverse(first.flatten(), count * batch) >= 0).view(count, batch)
     return Grid(slot.flatten(), token, size, fill, last, restart)
 
 
@@ -175,18 +181,17 @@ def _extent(
     last: Tensor,
     position: Tensor,
     size: int | None,
-    time: int,
-    pending: int,
+    longest: int,
     document_ids: Tensor | None,
 ) -> tuple[int, int]:
     """Number and size of the mini-batches: bounds without documents, else read from the device."""
     if document_ids is None and size is not None:
-        return -(-(time + max(pending - 1, 0)) // size), size
+        return -(-longest // size), size
     index, longest = torch.stack([last.max(), position.max()]).tolist()
     return max(index, 0) + 1, longest + 1 if size is None else size
 
 
-def _inverse(index: Tensor, length: int) -> Tensor:
+def inverse(index: Tensor, length: int) -> Tensor:
     """`inverse[index[i]] = i` for the indices that are not -1, -1 elsewhere, `[length]`."""
     inverse = index.new_full((length + 1,), -1)
     place = torch.arange(index.shape[0], device=index.device)

@@ -1,0 +1,288 @@
+"""LanguageModule: what the variants that predict tokens share."""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+from transformers import PreTrainedModel
+
+from lightning_modules.base import AdapterModule, Chunk, ParameterGroup, Schedule
+from lightning_modules.generation import FastStateCache
+from lightning_modules.models.pretrained import LeftOut
+from lightning_modules.streams import FastState
+
+IGNORED = -100
+"""Label of a token that is not to be predicted."""
+
+
+class LabelMean(Metric):
+    """Mean over the labels of all batches and processes.
+
+    torchmetrics' MeanMetric ignores weights where its check for NaN, which waits for the device,
+    is switched off (1.9.0).
+    """
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "count"):
+            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor, labelled: Tensor) -> None:
+        """Add `values [B, T]` where `labelled [B, T]` (bool)."""
+        self.total += torch.where(labelled, values, 0.0).sum()
+        self.count += labelled.sum()
+
+    def compute(self) -> Tensor:
+        """The mean; NaN without a label."""
+        return self.total / self.count
+
+
+class LanguageModule(AdapterModule):
+    """Next-token prediction over streams of text or packed documents.
+
+    The loss of a chunk is the mean over its labels, `-log p(labels[t] | input_ids[.. t])`: labels
+    are already shifted by the DataModule, so that the first token of every chunk is predicted from
+    the last one of the chunk before. A subclass builds the model for the DataModule's features.
+
+    Args:
+        optimizer: e.g. `{class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}`.
+        fast_state: `carry` goes on from chunk to chunk of a file, `reset` starts every chunk
+            afresh.
+        compile_model: run the model through `torch.compile`, in place.
+        schedule: learning rate over the run.
+        groups: options of the parameter groups.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable,
+        fast_state: Literal["carry", "reset"] = "carry",
+        compile_model: bool = False,
+        schedule: Schedule | None = None,
+        groups: dict[str, ParameterGroup] | None = None,
+    ) -> None:
+        super().__init__(optimizer, schedule, groups, persistent=fast_state == "carry")
+        self.compile_model = compile_model
+        self.features: dict[str, Any] = {}
+        self.model: PreTrainedModel | None = None
+        self.left_out: LeftOut | None = None
+        self.means = torch.nn.ModuleDict(
+            {
+                f"{stage}_{name}": LabelMean()
+                for stage in ("val", "test")
+                for name in ("loss", "accuracy")
+            }
+        )
+
+    @property
+    def _takes_positions(self) -> bool:
+        return "position_ids" in inspect.signature(self.model.forward).parameters
+
+    @abstractmethod
+    def build_model(self, features: Mapping[str, Any]) -> PreTrainedModel:
+        """The model with its adapters, called once; `features` are those of the DataModule."""
+
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """What a checkpoint must agree with: options of the model as plain values."""
+
+    def check(self, features: Mapping[str, Any]) -> None:
+        """Raise a ValueError if options and data do not fit together."""
+
+    def prepare_data(self) -> None:
+        """Compare the options with the data before anything is written."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if hasattr(datamodule, "features"):
+            self.check(datamodule.features)
+
+    def configure_model(self) -> None:
+        """Build the model for the DataModule's features, unless a checkpoint does so."""
+        loads_checkpoint = self._trainer is None  # in `load_from_checkpoint`
+        if self.model is None and not loads_checkpoint:
+            datamodule = getattr(self.trainer, "datamodule", None)
+            if not hasattr(datamodule, "features"):
+                raise ValueError(
+                    f"{type(self).__name__} takes its vocabulary from the DataModule: use "
+                    "TextStreamDataModule or RecallDataModule (data.class_path)"
+                )
+            self.build(datamodule.features)
+
+    def build(self, features: Mapping[str, Any]) -> None:
+        """Create the model.
+
+        Args:
+            features: `vocab_size`, `chunk_length`, `tbptt` and `mode` of the data, as
+                `TextStreamDataModule.features` gives them.
+        """
+        self.check(features)
+        self.features = dict(features)
+        self.model = self.build_model(features)
+        if self.compile_model:
+            self.model.compile()
+
+    def logits(self, chunk: Chunk, fast_state: FastState) -> Tensor:
+        """Scores of the next token at every position, `[B, T, vocabulary]`."""
+        assert self.model is not None
+        context: dict[str, Tensor] = {}
+        for name in ("mask", "document_ids"):
+            if name in chunk:
+                context[name] = chunk[name]
+        if "document_ids" in chunk and self._takes_positions:
+            # A model whose attention knows no documents takes them from positions that restart.
+            context["position_ids"] = position_in_document(chunk["document_ids"])
+        return self.model(
+            input_ids=chunk["input_ids"], use_cache=False, fast_state=fast_state, **context
+        ).logits
+
+    def token_losses(self, chunk: Chunk, fast_state: FastState) -> Tensor:
+        """Loss of every label in nats, 0 where there is none, float32 `[B, T]`."""
+        return self._losses_of(self.logits(chunk, fast_state), chunk, fast_state)
+
+    def _losses_of(self, logits: Tensor, chunk: Chunk, fast_state: FastState) -> Tensor:
+        labels = chunk["labels"]
+        losses = F.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        ).view(labels.shape)
+        if fast_state.listens("token_loss"):
+            position = torch.where(labels != IGNORED, position_in_file(chunk), -1)
+            fast_state.publish("token_loss", "model", loss=losses, position=position)
+        return losses
+
+    def chunk_loss(
+        self, chunk: Chunk, fast_state: FastState, generator: torch.Generator | None
+    ) -> Tensor:
+        """Mean loss over the labels of a chunk; 0 if it has none."""
+        losses = self.token_losses(chunk, fast_state)
+        return losses.sum() / (chunk["labels"] != IGNORED).sum().clamp(min=1)
+
+    def _evaluation_step(self, name: str, batch: list[Chunk], batch_idx: int) -> None:
+        # By label, not by batch: batches at the end of an epoch have fewer of them.
+        for chunk in batch:
+            fast_state = self.streams.begin(chunk)
+            logits = self.logits(chunk, fast_state)
+            values = {
+                "loss": self._losses_of(logits, chunk, fast_state),
+                "accuracy": (logits.argmax(-1) == chunk["labels"]).float(),
+            }
+            for key, value in values.items():
+                self.means[f"{name}_{key}"].update(value, chunk["labels"] != IGNORED)
+        for key in ("loss", "accuracy"):
+            metric = self.means[f"{name}_{key}"]
+            self.log(f"{name}/{key}", metric, on_step=False, on_epoch=True)
+
+    def predict_chunk(
+        self, chunk: Chunk, fast_state: FastState, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """How well each row was predicted.
+
+        Returns:
+            `stream_id [B]`, `chunk_index [B]`, `loss [B]` (mean over the labels, nats; 0 without)
+            and `labels [B]`, how many there were.
+        """
+        losses = self.token_losses(chunk, fast_state)
+        labels = (chunk["labels"] != IGNORED).sum(dim=1)
+        return {
+            "stream_id": chunk["stream_id"],
+            "chunk_index": chunk["chunk_index"],
+            "loss": losses.sum(dim=1) / labels.clamp(min=1),
+            "labels": labels,
+        }
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids: Tensor, cache: FastStateCache | None = None, **options: Any
+    ) -> Tensor:
+        """Continue token sequences; what the fast weights learn on the way lives in the cache.
+
+        Args:
+            input_ids: prompts, int64 `[B, T]`, padded on the left (with `attention_mask=`).
+            cache: goes on from here, and is changed; None starts afresh.
+            **options: of `transformers.GenerationMixin.generate`, e.g. `max_new_tokens`.
+
+        Returns:
+            Prompts and continuations, `[B, T']`.
+        """
+        assert self.model is not None
+        cache = FastStateCache(self.model.config) if cache is None else cache
+        return self.model.generate(input_ids, past_key_values=cache, **options)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store options and features; frozen pretrained weights stay where they came from."""
+        for name in self._frozen():
+            checkpoint["state_dict"].pop(name, None)
+        checkpoint[type(self).__name__] = {
+            "options": self.options(),
+            "features": self.features,
+            "fingerprint": self.left_out and self.left_out.fingerprint(self.model),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build the model if needed, and put back the weights that were left out.
+
+        Raises:
+            ValueError: the checkpoint is of another class, of other options, or of other
+                pretrained weights.
+        """
+        name = type(self).__name__
+        if name not in checkpoint:
+            raise ValueError(f"this is not the checkpoint of a {name}: use one that fit wrote")
+        stored = checkpoint[name]
+        self._compare(stored["options"], self.options(), "model.init_args")
+        if self.model is None:
+            self.build(stored["features"])
+        self._compare(
+            {"vocab_size": stored["features"]["vocab_size"]},
+            {"vocab_size": self.features["vocab_size"]},
+            "data",
+        )
+        if stored["fingerprint"] != (self.left_out and self.left_out.fingerprint(self.model)):
+            raise ValueError(
+                "the checkpoint was trained on other pretrained weights than pretrained.name "
+                "gives now: use the same as in training"
+            )
+        for key, parameter in self._frozen().items():
+            checkpoint["state_dict"].setdefault(key, parameter.detach())
+
+    def _frozen(self) -> dict[str, Tensor]:
+        """Weights that checkpoints leave out, by their name in the module's state dict."""
+        if self.left_out is None:
+            return {}
+        return {f"model.{name}": value for name, value in self.left_out.named(self.model)}
+
+    @staticmethod
+    def _compare(stored: Mapping[str, Any], here: Mapping[str, Any], place: str) -> None:
+        for key, value in stored.items():
+            if here.get(key) != value:
+                raise ValueError(
+                    f"the checkpoint was trained with {key}={value}, but {place} says "
+                    f"{key}={here.get(key)}: use the same options, or train anew"
+                )
+
+
+def position_in_document(document_ids: Tensor) -> Tensor:
+    """Index of every token in its document, int64 `[B, T]`, from `document_ids [B, T]`."""
+    time = torch.arange(document_ids.shape[1], device=document_ids.device)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return time - torch.where(starts, time, 0).cummax(1).values
+
+
+def position_in_file(chunk: Chunk) -> Tensor:
+    """Index of every token in its file, or in its document where rows are packed, `[B, T]`."""
+    if "document_ids" in chunk:
+        return position_in_document(chunk["document_ids"])
+    rows, length = chunk["input_ids"].shape
+    time = torch.arange(length, device=chunk["input_ids"].device).expand(rows, -1)
+    return time + chunk["chunk_index"].unsqueeze(1) * length

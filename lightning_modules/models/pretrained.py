@@ -1,0 +1,83 @@
+"""A pretrained language model as the base of adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lightning_modules.models.frozen import fingerprint
+
+
+@dataclass(frozen=True)
+class PretrainedOptions:
+    """Which language model is adapted, and what of it is trained.
+
+    Args:
+        name: hub id such as HuggingFaceTB/SmolLM2-135M, or a folder that `save_pretrained` wrote.
+        gguf_file: file of quantised weights in it, which are dequantised; None takes safetensors.
+        dtype: of the loaded weights; adapters are made in the same.
+        train: `adapters` freezes what was loaded, and checkpoints leave it out; `all` trains it.
+        gradient_checkpointing: recompute the layers in backward instead of keeping activations.
+    """
+
+    name: str
+    gguf_file: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    train: Literal["adapters", "all"] = "adapters"
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("pretrained.name is empty: give a hub id or a folder")
+
+    def load(self) -> PreTrainedModel:
+        """The model, frozen unless `train` is `all`.
+
+        Raises:
+            ValueError: nothing usable is there; the message names it.
+        """
+        files: dict[str, Any] = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.name, dtype=getattr(torch, self.dtype), **files
+            )
+        except (OSError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"pretrained.name={self.name!r} cannot be loaded ({reason}): give the hub id of a "
+                "causal language model, or a folder that save_pretrained wrote"
+            ) from error
+        model.requires_grad_(self.train == "all")
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        return model
+
+
+class LeftOut:
+    """Frozen weights of a pretrained model: left out of checkpoints, put back from the model.
+
+    Args:
+        model: as it was loaded, before adapters were injected; renaming by adapters is followed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._ids = {id(p) for p in model.parameters() if not p.requires_grad}
+        self._fingerprint: str | None = None
+
+    def named(self, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """The frozen weights with the names that they have in `module`, tied ones under each."""
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if id(parameter) in self._ids:
+                yield name, parameter
+
+    def fingerprint(self, module: nn.Module) -> str | None:
+        """Short hash of them; None if nothing is left out."""
+        if self._fingerprint is None and self._ids:
+            self._fingerprint = fingerprint(self.named(module))
+        return self._fingerprint

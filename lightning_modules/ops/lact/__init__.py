@@ -1,0 +1,118 @@
+"""LaCT: a sequence layer whose hidden state is a SwiGLU network, written once per large chunk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from lightning_modules.ops.checks import select_backend
+from lightning_modules.ops.lact.checks import check_lact
+from lightning_modules.ops.lact.eager import eager_lact
+from lightning_modules.ops.lact.naive import naive_lact
+from lightning_modules.ops.states import LaCTState
+
+BACKENDS = {"torch": eager_lact, "naive": naive_lact}
+
+__all__ = ["lact"]
+
+
+def lact(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    w0: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    *,
+    chunk_size: int,
+    momentum: Tensor | None = None,
+    muon: bool = False,
+    muon_dtype: torch.dtype = torch.bfloat16,
+    prenorm: bool = False,
+    residual: bool = False,
+    greedy: bool = False,
+    mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    state: LaCTState | None = None,
+    adapt: bool = True,
+    recompute: bool = False,
+    group: ProcessGroup | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, LaCTState]:
+    """Read a sequence with a SwiGLU network per head that every chunk of it trains.
+
+    One block is `f(x) = W1 (silu(W0 x) * (W2 x))`; r blocks read `x_0 = q`, `x_j = f_j(x_{j-1})`
+    (plus `x_{j-1}` if residual and j < r), and the output is `x_r`. The tokens of a chunk are read
+    with the weights from before it; then each writes: the inner loss of a token is
+    `-<x_r(k), v>`, and with g_i the sum over the chunk of `lr_i` times its negative gradient
+    (through all r blocks) by a weight W_i
+
+        M_i <- g_i + mean(momentum) M_i,     W_i <- rows(W_i + NS5(M_i))
+
+    where `rows` rescales every row to the norm it had when the document began, and NS5 (Muon) is
+    left out, as is M, unless asked for. The last chunk of a document, full or not, only reads.
+    Source: Zhang et al., "Test-Time Training Done Right", 2025, arXiv:2505.23884, section 3.
+
+    Args:
+        q: queries, `[B, T, H, D]`, T at least 1; used as they are.
+        k: keys, `[B, T, H, D]`.
+        v: values, `[B, T, H, D]`.
+        lr: learning rates of W0, W1, W2, in this order, `[B, T, H, 3]`, or per channel
+            `[B, T, H, 3, D]` (F = D: those of W0 and W2 scale the channels of k, that of W1 the
+            hidden ones).
+        w0: learned weight before the first token, `[r, H, F, D]`.
+        w1: `[r, H, D, F]`.
+        w2: `[r, H, F, D]`.
+        chunk_size: C, tokens of a chunk.
+        momentum: coefficient of each token, `[B, T, H]`; None: no momentum.
+        muon: orthogonalise every update by five Newton-Schulz steps.
+        muon_dtype: of these steps; bfloat16 is as published, float32 has better gradients.
+        prenorm: add updates to a copy whose rows are never rescaled; read with a rescaled one.
+        residual: skip connections between the blocks.
+        greedy: a wrong baseline: every block is trained on raw k and v as if it stood alone.
+        mask: tokens that exist, bool `[B, T]`. The others write nothing, take no place in a chunk
+            and have output 0. None: all.
+        document_ids: integers `[B, T]`: a token with another id than the one before (or than the
+            state's) starts from w0, w1, w2 in a new chunk. None: one document without end.
+        state: what an earlier call with the same options returned; None, or all zeros in a row:
+            start from the learned weights. Where it carries no autograd graph, its weights count
+            as `W + (w - w.detach())`: the learned ones get their gradient, the value stays.
+        adapt: False reads without writing: chunks end, the weights stay as they are.
+        recompute: keep no activation inside a chunk for the backward pass: it computes them again.
+        group: processes that share every chunk: each brings `chunk_size / world` tokens of it, and
+            the updates are summed over them. T counts its own; no mask, no documents.
+        backend: "torch" (fast), "naive" (a loop over tokens that defines the result), or "auto"
+            (the fastest there is).
+
+    Returns:
+        Outputs `[B, T, H, D]` in the dtype of q, and the state after the last token. Weights and
+        state are float32 (float64 if q is), whatever autocast says. The state keeps its autograd
+        graph: detach it where backpropagation through time is to stop.
+
+    Raises:
+        ValueError: if shapes, dtypes or options do not fit together, or the state comes from a
+            call with other options.
+        TypeError: if the state is of another op.
+    """
+    run = select_backend("lact", backend, BACKENDS)
+    options: dict[str, Any] = {
+        "chunk_size": chunk_size,
+        "momentum": momentum,
+        "muon": muon,
+        "muon_dtype": muon_dtype,
+        "prenorm": prenorm,
+        "residual": residual,
+        "greedy": greedy,
+        "mask": mask,
+        "document_ids": document_ids,
+        "state": state,
+        "adapt": adapt,
+        "recompute": recompute,
+        "group": group,
+    }
+    check_lact(q, k, v, lr, w0, w1, w2, **options)
+    return run(q, k, v, lr, w0, w1, w2, **options)

@@ -1,0 +1,129 @@
+"""LaCT by matrix products over whole chunks."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
+
+from lightning_modules.ops.lact.block import read
+from lightning_modules.ops.lact.layout import Counts, Step
+from lightning_modules.ops.lact.memory import (
+    Memory,
+    Rule,
+    Write,
+    carried_memory,
+    choose,
+    learned_memory,
+    state_fields,
+    written,
+)
+from lightning_modules.ops.lact.plan import plan
+from lightning_modules.ops.states import LaCTState
+
+
+def eager_lact(*arguments: Any, **options: Any) -> tuple[Tensor, LaCTState]:
+    """LaCT by matrix products; arguments and results are those of `ops.lact`.
+
+    Inside `torch.compile` it runs as it is: the number of chunks depends on the length, so that
+    their loop would be compiled anew for each of them.
+    """
+    run = _outside_of_graphs() if torch.compiler.is_compiling() else _run
+    return run(*arguments, **options)
+
+
+@cache
+def _outside_of_graphs() -> Callable[..., tuple[Tensor, LaCTState]]:
+    # At the first use: it loads the compiler, which importing the ops should not.
+    return torch.compiler.disable(_run)
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    w0: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    *,
+    chunk_size: int,
+    momentum: Tensor | None,
+    muon: bool,
+    muon_dtype: torch.dtype,
+    prenorm: bool,
+    residual: bool,
+    greedy: bool,
+    mask: Tensor | None,
+    document_ids: Tensor | None,
+    state: LaCTState | None,
+    adapt: bool,
+    recompute: bool,
+    group: ProcessGroup | None,
+) -> tuple[Tensor, LaCTState]:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    size = chunk_size if group is None else chunk_size // group.size()
+    rule = Rule(muon, muon_dtype, prenorm, residual, greedy, group)
+    tokens = [k, v, lr.flatten(3)] + ([] if momentum is None else [momentum.unsqueeze(-1)])
+    with torch.autocast("cpu" if q.device.type == "meta" else q.device.type, enabled=False):
+        layout = plan(q, size, mask, document_ids, state, adapt)
+        learned = memory = learned_memory((w0, w1, w2), dtype, momentum is not None, prenorm)
+        held = None
+        if state is not None and layout.carries:
+            memory, held = carried_memory(state, learned), _held(state, len(tokens))
+            if layout.fresh is not None:
+                memory = choose(layout.fresh, learned, memory)
+        steps = layout.steps(q, tokens, held)
+        parts = []
+        for step in steps:
+            arguments = (memory, learned, step, rule)
+            if recompute and torch.is_grad_enabled():
+                memory, part = checkpoint(
+                    _take, *arguments, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                memory, part = _take(*arguments)
+            parts.append(part)
+        o = layout.join(parts)
+        before = [None] * len(tokens) if held is None else held
+        fields = state_fields(memory, learned, q.shape[0])
+        fields += [layout.pending(x, y, dtype) for x, y in zip(tokens, before, strict=True)]
+        new = _state(fields, layout.counts, lr.shape[3:], blank=mask is not None)
+    return o, new
+
+
+def _take(memory: Memory, learned: Memory, step: Step, rule: Rule) -> tuple[Memory, Tensor]:
+    """The memory after a step, and what the step reads, `[H, B, m, D]` in the dtype of q."""
+    if step.restart is not None:
+        memory = choose(step.restart, learned, memory)
+    dtype = memory.weights[0].dtype
+    if step.tokens is not None:
+        after = written(memory, Write(*(_dense(x, dtype) for x in step.tokens)), rule)
+        memory = after if step.rows is None else choose(step.rows, after, memory)
+    o = read(memory.weights, _dense(step.q, dtype), rule.residual)
+    return memory, o.to(step.q.dtype)
+
+
+def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor of that dtype by at most one copy."""
+    return x.to(dtype, memory_format=torch.contiguous_format).contiguous()
+
+
+def _held(state: LaCTState, count: int) -> list[Tensor]:
+    """The tokens that a state left pending, `[B, C, H, E]` each, in the order of the call's."""
+    lr, momentum = state.pending_lr.flatten(3), state.pending_momentum.unsqueeze(-1)
+    return [state.pending_k, state.pending_v, lr, momentum][:count]
+
+
+def _state(fields: list[Tensor], counts: Counts, rates: torch.Size, blank: bool) -> LaCTState:
+    """The state of these real-valued fields; zero in rows that have seen nothing, if blank."""
+    *weights, k, v, lr = fields[:15]
+    momentum = fields[15] if len(fields) > 15 else k[:, :0, :, :1]
+    real = [*weights, k, v, lr.unflatten(3, rates), momentum.squeeze(-1)]
+    if blank:
+        nothing = counts.tokens_seen == 0
+        real = [x.masked_fill(nothing.view(-1, *[1] * (x.dim() - 1)), 0) for x in real]
+    return LaCTState(*[*real, *counts])
