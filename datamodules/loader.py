@@ -98,6 +98,18 @@ class StreamLoader:
             generator=torch.Generator().manual_seed(sampler.seed),
         )
 
+    @property
+    def _iterator(self) -> Any:
+        """The iterator that owns the workers: Lightning looks for it to end them after a run.
+
+        Left to the garbage collector, every worker would hold up the process for five seconds.
+        """
+        return self._loader._iterator
+
+    @_iterator.setter
+    def _iterator(self, iterator: Any) -> None:
+        self._loader._iterator = iterator
+
     def __len__(self) -> int:
         """Batches per epoch."""
         return len(self.sampler)

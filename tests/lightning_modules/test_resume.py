@@ -1,5 +1,6 @@
 """A run that is interrupted and resumed against a run that never stopped, bit for bit."""
 
+import multiprocessing
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -105,6 +106,24 @@ def test_stopped_twice_at_any_step_equals_never_stopped(tmp_path: Path, tbptt: i
 def test_stopped_with_two_workers_equals_never_stopped_with_none(tmp_path: Path) -> None:
     whole = train(tmp_path, [STEPS])
     assert_same(train(tmp_path, [5, 8, STEPS], workers=2), whole)
+
+
+def test_workers_live_through_the_run_and_end_with_it(tmp_path: Path) -> None:
+    class Workers(pl.Callback):
+        """Processes that are alive at the end of every validation run."""
+
+        def __init__(self) -> None:
+            self.seen: set[int] = set()
+
+        def on_validation_end(self, trainer, pl_module) -> None:
+            self.seen |= {child.pid for child in multiprocessing.active_children()}
+
+    workers = Workers()
+    options = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    trainer = make_trainer(tmp_path, 8, [workers], **options)
+    trainer.fit(ToyModule(), ToyData(batch_size=3, num_workers=1))
+    assert len(workers.seen) == 2, "one for training, one for validation"
+    assert not workers.seen & {child.pid for child in multiprocessing.active_children()}
 
 
 def test_power_without_the_stream_state_resuming_differs(tmp_path: Path, monkeypatch) -> None:
