@@ -148,6 +148,20 @@ def test_zeroed_row_is_fresh_row(backend: str, form: str) -> None:
 
 
 @every_backend
+@pytest.mark.parametrize("given", [(), ("mask",), FLAGS])
+def test_row_that_has_seen_nothing_is_fresh_whatever_else_it_holds(
+    given: tuple[str, ...], backend: str
+) -> None:
+    case = carried_state(random_flags(case_of("prenorm_muon", 9), 3, *given), seed=7)
+    assert case.state is not None
+    seen = case.state.tokens_seen * torch.tensor([0, 1])
+    case = case.with_state(case.state._replace(tokens_seen=seen))
+    fresh = outputs(*case.rows(slice(0, 1)).with_state(None).run(backend))
+    first = {name: x[:1] for name, x in outputs(*case.run(backend)).items()}
+    assert_same(first, fresh, exact(backend), backend)
+
+
+@every_backend
 def test_state_of_zeros_is_no_state(backend: str) -> None:
     case = case_of("prenorm_muon", 9)
     _, state = case.run(backend)

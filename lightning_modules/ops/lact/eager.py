@@ -38,7 +38,7 @@ def eager_lact(*arguments: Any, **options: Any) -> tuple[Tensor, LaCTState]:
 @cache
 def _outside_of_graphs() -> Callable[..., tuple[Tensor, LaCTState]]:
     # At the first use: it loads the compiler, which importing the ops should not.
-    return torch.compiler.disable(_run)
+    return torch.compiler.disable(_run, reason="a loop over chunks, for any length")
 
 
 def _run(

@@ -58,6 +58,7 @@ def _in_common(state: LaCTState) -> tuple[bool, int] | None:
 def _even(
     q: Tensor, size: int, carries: bool, ahead: int, adapt: bool, state: LaCTState | None
 ) -> Even:
+    """The layout of rows that all hold `ahead` tokens."""
     batch, time = q.shape[:2]
     full = (ahead + time - 1) // size
     zero = torch.zeros(batch, dtype=torch.int64, device=q.device)
@@ -77,6 +78,7 @@ def _uneven(
     state: LaCTState | None,
     adapt: bool,
 ) -> Uneven:
+    """The layout of any rows: the grid of what they hold and read, and what follows from it."""
     batch, time = q.shape[:2]
     before = Progress.of(state, q)
     seen = before.tokens_seen > 0
