@@ -22,7 +22,7 @@ from lightning_modules.adapters import (
     read_plan,
     store_plan,
 )
-from lightning_modules.base import AdapterModule, Chunk, ParameterGroup, Schedule
+from lightning_modules.base import Chunk, ParameterGroup, Schedule
 from lightning_modules.layers.normalization import Normalizer
 from lightning_modules.models.action_expert import ExpertConfig
 from lightning_modules.models.backbone import STATE, Backbone, Writers
@@ -40,6 +40,7 @@ from lightning_modules.models.flow_matching import (
 )
 from lightning_modules.models.pi0_options import PI0Options
 from lightning_modules.policy import ActionExpertPolicy
+from lightning_modules.sized import SizedModule
 from lightning_modules.streams import FastState
 
 ACTION = "action"
@@ -47,7 +48,7 @@ CHECKPOINT_KEY = "action_expert"
 """Where a checkpoint holds what `ActionExpertModule.rebuild` needs beside the weights."""
 
 
-class ActionExpertModule(AdapterModule):
+class ActionExpertModule(SizedModule):
     """Flow-matching action expert with test-time training after attention.
 
     Per layer `x + gate_attn * attn + gate_ttt * ttt(attn)`, then the MLP with its own gate; the
@@ -89,6 +90,8 @@ class ActionExpertModule(AdapterModule):
             adapters, unknown adapters or options of them, or data that does not fit.
     """
 
+    DATA_MODULES = ("ActionChunkDataModule", "RecordedSimulation")
+
     def __init__(
         self,
         optimizer: OptimizerCallable,
@@ -123,23 +126,9 @@ class ActionExpertModule(AdapterModule):
         if compile_model and backbone != "state":
             raise ValueError("compile_model=true is for backbone: state; set it to false")
 
-    def prepare_data(self) -> None:
-        """Compare the options with the data before anything is written."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if hasattr(datamodule, "features"):
-            self._check(datamodule.features)
-
-    def configure_model(self) -> None:
-        """Build the model for the DataModule's features, unless a checkpoint does so."""
-        loads_checkpoint = self._trainer is None  # in `load_from_checkpoint`
-        if self.model is None and not loads_checkpoint:
-            datamodule = getattr(self.trainer, "datamodule", None)
-            if not hasattr(datamodule, "features"):
-                raise ValueError(
-                    "ActionExpertModule takes its sizes from the DataModule: "
-                    "use ActionChunkDataModule or RecordedSimulation (data.class_path)"
-                )
-            self.build(datamodule.features, datamodule.statistics)
+    def build_for(self, datamodule: Any) -> None:
+        """Create the model for the DataModule's features and statistics."""
+        self.build(datamodule.features, datamodule.statistics)
 
     def build(
         self, features: Mapping[str, Any], statistics: Mapping[str, Any] | None = None
@@ -154,7 +143,7 @@ class ActionExpertModule(AdapterModule):
             statistics: feature -> statistic -> values of the training data; None leaves them to
                 the checkpoint that is loaded next.
         """
-        plan = self._check(features)
+        plan = self.check(features)
         self.features = dict(features)
         self.normalizer = Normalizer(statistics, self.normalization)
         self.model = self.backbone_options.build(features)
@@ -164,7 +153,7 @@ class ActionExpertModule(AdapterModule):
         if self.compile_model:
             self.model.compile()
 
-    def _check(self, features: Mapping[str, Any]) -> list[AdapterSpec]:
+    def check(self, features: Mapping[str, Any]) -> list[AdapterSpec]:
         """Make sure that options and data fit; returns one line per layer with an adapter."""
         horizon, stride = features["horizon"], features["stride"]
         if self.execution_horizon > horizon:

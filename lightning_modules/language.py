@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from lightning_modules.base import AdapterModule, Chunk, ParameterGroup, Schedule
+from lightning_modules.base import Chunk, ParameterGroup, Schedule
 from lightning_modules.generation import FastStateCache
 from lightning_modules.models.pretrained import LeftOut
+from lightning_modules.sized import SizedModule
 from lightning_modules.streams import FastState
 
 IGNORED = -100
@@ -49,7 +50,7 @@ class LabelMean(Metric):
         return self.total / self.count
 
 
-class LanguageModule(AdapterModule):
+class LanguageModule(SizedModule):
     """Next-token prediction over streams of text or packed documents.
 
     The loss of a chunk is the mean over its labels, `-log p(labels[t] | input_ids[.. t])`: labels
@@ -64,6 +65,8 @@ class LanguageModule(AdapterModule):
         schedule: learning rate over the run.
         groups: options of the parameter groups.
     """
+
+    DATA_MODULES = ("TextStreamDataModule", "RecallDataModule")
 
     def __init__(
         self,
@@ -101,23 +104,9 @@ class LanguageModule(AdapterModule):
     def check(self, features: Mapping[str, Any]) -> None:
         """Raise a ValueError if options and data do not fit together."""
 
-    def prepare_data(self) -> None:
-        """Compare the options with the data before anything is written."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if hasattr(datamodule, "features"):
-            self.check(datamodule.features)
-
-    def configure_model(self) -> None:
-        """Build the model for the DataModule's features, unless a checkpoint does so."""
-        loads_checkpoint = self._trainer is None  # in `load_from_checkpoint`
-        if self.model is None and not loads_checkpoint:
-            datamodule = getattr(self.trainer, "datamodule", None)
-            if not hasattr(datamodule, "features"):
-                raise ValueError(
-                    f"{type(self).__name__} takes its vocabulary from the DataModule: use "
-                    "TextStreamDataModule or RecallDataModule (data.class_path)"
-                )
-            self.build(datamodule.features)
+    def build_for(self, datamodule: Any) -> None:
+        """Create the model for the DataModule's features."""
+        self.build(datamodule.features)
 
     def build(self, features: Mapping[str, Any]) -> None:
         """Create the model.

@@ -1,0 +1,51 @@
+"""A module whose model is built for the data: sizes come from the DataModule's `features`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from lightning_modules.base import AdapterModule
+
+
+class SizedModule(AdapterModule):
+    """Checks options against the data before anything is written, and builds the model for it.
+
+    Attributes:
+        model: None until it is built: in `configure_model`, or from a checkpoint.
+        features: of the data for which the model was built.
+    """
+
+    DATA_MODULES: ClassVar[tuple[str, ...]] = ()
+    """Names of the DataModules that have such features, for messages."""
+
+    model: Any
+    features: dict[str, Any]
+
+    @abstractmethod
+    def check(self, features: Mapping[str, Any]) -> Any:
+        """Raise a ValueError if options and data do not fit together."""
+
+    @abstractmethod
+    def build_for(self, datamodule: Any) -> None:
+        """Create the model for the DataModule's features."""
+
+    def prepare_data(self) -> None:
+        """Compare the options with the data before anything is written."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if hasattr(datamodule, "features"):
+            self.check(datamodule.features)
+
+    def configure_model(self) -> None:
+        """Build the model for the DataModule's features, unless a checkpoint does so."""
+        loads_checkpoint = self._trainer is None  # in `load_from_checkpoint`
+        if self.model is not None or loads_checkpoint:
+            return
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if not hasattr(datamodule, "features"):
+            raise ValueError(
+                f"{type(self).__name__} takes its sizes from the DataModule: use "
+                f"{' or '.join(self.DATA_MODULES)} (data.class_path)"
+            )
+        self.build_for(datamodule)
