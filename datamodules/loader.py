@@ -58,6 +58,9 @@ def _collate_chunk(samples: Sequence[tuple[ChunkRequest, dict[str, Tensor]]]) ->
     chunk["chunk_index"] = torch.tensor(plan.chunk_index)
     chunk["is_first"] = torch.tensor(plan.is_first)
     chunk["plan"] = plan
+    if "mask" in chunk:
+        # The host can tell now; a model that reads rows without padding is faster.
+        chunk["padded"] = not bool(chunk["mask"].all())
     return chunk
 
 

@@ -125,9 +125,10 @@ class LanguageModule(SizedModule):
         """Scores of the next token at every position, `[B, T, vocabulary]`."""
         assert self.model is not None
         context: dict[str, Tensor] = {}
-        for name in ("mask", "document_ids"):
-            if name in chunk:
-                context[name] = chunk[name]
+        if "mask" in chunk and chunk.get("padded", True):
+            context["mask"] = chunk["mask"]
+        if "document_ids" in chunk:
+            context["document_ids"] = chunk["document_ids"]
         if "document_ids" in chunk and self._takes_positions:
             # A model whose attention knows no documents takes them from positions that restart.
             context["position_ids"] = position_in_document(chunk["document_ids"])

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from datamodules import RecallDataModule
 from datamodules.recall_probes import RecallProbe
 from lightning_modules.lact import LaCTModule
+from lightning_modules.models.lact import LaCTForCausalLM
 from lightning_modules.streams import FastState
 
 FEATURES = {"vocab_size": 259, "chunk_length": CHUNK, "tbptt": 1, "mode": "stream"}
@@ -195,6 +196,24 @@ def test_loss_without_labels_is_zero_and_finite() -> None:
     ids = torch.zeros(2, CHUNK, dtype=torch.int64)
     chunk = {"input_ids": ids, "labels": ids - 100, "mask": ids.bool()}
     assert module.chunk_loss(chunk, FastState.transient(), None) == 0
+
+
+def test_masks_that_mask_nothing_do_not_reach_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, seen = make_module(), []
+    forward = LaCTForCausalLM.forward
+
+    def spy(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs.get("mask"))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LaCTForCausalLM, "forward", spy)
+    trainer = make_trainer(tmp_path, 1, limit_val_batches=1.0)
+    trainer.validate(module, make_data(tmp_path), verbose=False)
+    assert any(mask is None for mask in seen)
+    assert any(mask is not None for mask in seen)
+    assert all(mask is None or not mask.all() for mask in seen)
 
 
 def test_recall_data_trains(tmp_path: Path) -> None:
