@@ -9,11 +9,13 @@ from dataclasses import asdict, fields
 from typing import Any, Literal
 
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_modules.adapters import (
     AdapterSpec,
+    LaCTAdapterConfig,
     inject_adapters,
     parameter_group,
     read_plan,
@@ -95,18 +97,34 @@ class LaCTModule(LanguageModule):
 
     def check(self, features: Mapping[str, Any]) -> None:
         """Raise a ValueError if no gradient could ever reach what writes the memory."""
-        if self.config is None:
-            return
-        chunk = LaCTConfig(**self.config).lact_chunk_size
         carried = self.streams.persistent and features["mode"] == "stream"
         read = features["chunk_length"] * (features["tbptt"] if carried else 1)
-        if read <= chunk:
-            raise ValueError(
-                f"a step reads {read} tokens of a file (chunk_length x tbptt), no more than one "
-                f"chunk of LaCT (lact_chunk_size={chunk}), so that nothing it writes is read "
-                "inside the step and its projections never learn: raise the DataModule's "
-                "chunk_length or tbptt, or lower lact_chunk_size"
+        for name, chunk in self._chunk_sizes():
+            if read <= chunk:
+                raise ValueError(
+                    f"a step reads {read} tokens of a file (chunk_length x tbptt), no more than "
+                    f"one chunk of LaCT ({name}={chunk}), so that nothing it writes is read inside "
+                    "the step and its projections never learn: raise the DataModule's "
+                    "chunk_length or tbptt, or lower lact_chunk_size"
+                )
+            if read <= 2 * chunk:
+                rank_zero_warn(
+                    f"a step reads {read} tokens of a file, so that LaCT ({name}={chunk}) writes "
+                    f"once in it and its momentum never learns: better read more than {2 * chunk}"
+                )
+
+    def _chunk_sizes(self) -> list[tuple[str, int]]:
+        """Tokens of a chunk of LaCT, with the name of the option."""
+        if self.config is not None:
+            return [("lact_chunk_size", LaCTConfig(**self.config).lact_chunk_size)]
+        return [
+            (
+                f"adapters[{number}] update.lact_chunk_size",
+                spec.adapter_config.update.lact_chunk_size,
             )
+            for number, spec in enumerate(self.adapters)
+            if isinstance(spec.adapter_config, LaCTAdapterConfig)
+        ]
 
     def build_model(self, features: Mapping[str, Any]) -> PreTrainedModel:
         """LaCT from scratch, or the pretrained model with its adapters."""

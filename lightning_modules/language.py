@@ -229,7 +229,9 @@ class LanguageModule(SizedModule):
         if name not in checkpoint:
             raise ValueError(f"this is not the checkpoint of a {name}: use one that fit wrote")
         stored = checkpoint[name]
-        self._compare(stored["options"], self.options(), "model.init_args")
+        # Of a pretrained model the weights must agree (below), not where they lie.
+        stored_options = {k: v for k, v in stored["options"].items() if k != "pretrained"}
+        self._compare(stored_options, self.options(), "model.init_args")
         if self.model is None:
             self.build(stored["features"])
         self._compare(
