@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 EPS = 1e-5
 """Of the layer's RMSNorms, and of the length by which queries and keys are divided."""
 
-BASE_LR = 1e-3
-"""Inner learning rate where its projection gives 0."""
-
 
 class LaCTLayerState(NamedTuple):
     """What a layer carries: the window of its attention and its memory, None where it has none."""
@@ -113,7 +110,7 @@ class LaCTLayer(FastNetworks):
         out = W_o (attended + read)
 
     with q, k, v projected from x, and q', k', v' the same rescaled per channel, through SiLU,
-    normalised and rotated. The inner learning rates `softplus(W x + softplus^-1(0.001))`, the
+    normalised and rotated. The inner learning rates `softplus(W x + softplus^-1(base_lr))`, the
     momentum `sigmoid(W x)` and the scale of what is read come from x, per token and head.
     Parameters have the names of the published layer; in a stack of r > 1 networks theirs begin
     with `stacked_mlps.<j>`. Without one of the two branches the layer has no parameters of it.
@@ -286,7 +283,7 @@ class LaCTLayer(FastNetworks):
         lr_dim = self.config.update.lr_dim
         rates = self._memory_heads(self.lr_proj(x)).unflatten(-1, (3, lr_dim))
         rates = rates.to(torch.promote_types(x.dtype, torch.float32))
-        rates = F.softplus(rates + math.log(math.expm1(BASE_LR)))
+        rates = F.softplus(rates + math.log(math.expm1(self.config.update.base_lr)))
         for factor in (write_mask, write_weight):
             if factor is not None:
                 rates = rates * factor[..., None, None, None]

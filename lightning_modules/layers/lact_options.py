@@ -96,6 +96,9 @@ class LaCTUpdateConfig:
     Args:
         lact_chunk_size: C, tokens of one update.
         lr_dim: learning rates per token, head and weight: 1, or D for one per channel.
+        base_lr: inner learning rate where its projection gives 0, which it does at first. The
+            published 0.001 is for Muon, whose updates have one size; without, it is so small
+            against the initial weights that a fresh memory holds next to nothing: take about 1.
         use_momentum: add the momentum of earlier updates, by a coefficient that the tokens give.
         use_muon: orthogonalise every update by Newton-Schulz steps.
         muon_dtype: of these steps; `bfloat16` is as published, `float32` has better gradients.
@@ -106,6 +109,7 @@ class LaCTUpdateConfig:
 
     lact_chunk_size: int = 2048
     lr_dim: int = 1
+    base_lr: float = 1e-3
     use_momentum: bool = True
     use_muon: bool = False
     muon_dtype: MuonDtype = "bfloat16"
@@ -116,6 +120,8 @@ class LaCTUpdateConfig:
     def __post_init__(self) -> None:
         _check_count("lact_chunk_size", self.lact_chunk_size)
         _check_count("lr_dim", self.lr_dim)
+        if self.base_lr <= 0:
+            raise ValueError(f"base_lr={self.base_lr} must be positive, e.g. 0.001")
         choices = get_args(MuonDtype)
         if self.muon_dtype not in choices:
             raise ValueError(

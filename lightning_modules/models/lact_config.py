@@ -90,6 +90,7 @@ class LaCTConfig(PreTrainedConfig):
 
     lact_chunk_size: int = LaCTUpdateConfig.lact_chunk_size
     lr_dim: int = LaCTUpdateConfig.lr_dim
+    base_lr: float = LaCTUpdateConfig.base_lr
     use_momentum: bool = LaCTUpdateConfig.use_momentum
     use_muon: bool = LaCTUpdateConfig.use_muon
     muon_dtype: str = LaCTUpdateConfig.muon_dtype

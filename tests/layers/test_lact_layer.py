@@ -366,6 +366,16 @@ def test_statistics_count_real_tokens_of_the_last_document_and_fresh_rows_as_unc
     assert not handle.published["inner_loss"]["lact"]["before"][1].any()
 
 
+@pytest.mark.parametrize("base_lr", [1e-3, 0.7])
+def test_inner_learning_rates_begin_at_the_base(base_lr: float) -> None:
+    layer, handle = lact_layer(base_lr=base_lr), FastState.transient({"fast_weight"})
+    for parameter in layer.lr_proj.parameters():
+        torch.nn.init.zeros_(parameter)
+    layer(hidden(), fast_state=handle)
+    eta = handle.published["fast_weight"]["lact"]["eta"]
+    torch.testing.assert_close(eta, torch.full_like(eta, base_lr), **CLOSE)
+
+
 def test_statistics_cost_nothing_unless_listened_to() -> None:
     handle = FastState.transient()
     lact_layer()(hidden(), fast_state=handle)

@@ -157,6 +157,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"w0_w2_low_rank": -2}, "w0_w2_low_rank=-2 is no rank: use at least 1, or -1"),
     ({"lr_dim": 3}, "lr_dim=3 must be 1, or 8"),
+    ({"base_lr": 0.0}, "base_lr=0.0 must be positive"),
     ({"lr_dim": 8, "inter_multi": 2}, "lr_dim=8 must be .* with inter_multi=1"),
     ({"muon_dtype": "float8"}, "muon_dtype='float8' is unknown: choose one of bfloat16"),
     ({"rope_theta": 0}, "rope_theta=0 must be positive"),
