@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -17,24 +18,26 @@ SPECIAL = 4
 class RecallProbe:
     """What has to be remembered, and for how long.
 
-    Of the vocabulary, 0 to 3 are padding and markers; equal shares of the rest are filler, keys
-    and values.
+    Of the vocabulary, 0 to 3 are padding and markers; then come filler, keys and values, as many of
+    each, and of `fused` a token for every key with every value.
 
     Args:
         kind: `mqar`, multi-query associative recall (Zoology, arXiv 2312.04927): pairs of a key
             and a value, filler, then keys among filler, each to be answered with its value.
-            `needle`: a marked span somewhere in filler, to be copied at the end.
+            `fused`: the same with a pair in one token, so that no layer has to bind neighbours
+            first: what is left is memory alone. `needle`: a marked span somewhere in filler, to
+            be copied at the end.
         vocab_size: tokens in all.
         sequence_length: tokens per sequence.
         min_distance: tokens between what is to be recalled and the place where it is predicted,
             at least. To see memory and nothing else, take more than attention sees: with L layers
             of window W that is L * (W - 1).
-        num_pairs: of `mqar`, pairs of a key and a value.
-        num_queries: of `mqar`, how many of the keys are asked, each once.
+        num_pairs: of `mqar` and `fused`, pairs of a key and a value.
+        num_queries: of these, how many of the keys are asked, each once.
         span_length: of `needle`, tokens of the span.
     """
 
-    kind: Literal["mqar", "needle"] = "mqar"
+    kind: Literal["mqar", "fused", "needle"] = "mqar"
     vocab_size: int = 256
     sequence_length: int = 1024
     min_distance: int = 512
@@ -43,8 +46,8 @@ class RecallProbe:
     span_length: int = 16
 
     def __post_init__(self) -> None:
-        if self.kind not in ("mqar", "needle"):
-            raise ValueError(f"unknown kind {self.kind!r}; choose mqar or needle")
+        if self.kind not in ("mqar", "fused", "needle"):
+            raise ValueError(f"unknown kind {self.kind!r}; choose mqar, fused or needle")
         for name in ("min_distance", "num_pairs", "num_queries", "span_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -53,7 +56,8 @@ class RecallProbe:
                 f"num_queries={self.num_queries} is more than num_pairs={self.num_pairs}: every "
                 "key is asked at most once; choose fewer queries"
             )
-        smallest = SPECIAL + 3 * (self.num_pairs if self.kind == "mqar" else 2)
+        keys = 2 if self.kind == "needle" else self.num_pairs
+        smallest = SPECIAL + 3 * keys + (keys**2 if self.kind == "fused" else 0)
         if self.vocab_size < smallest:
             raise ValueError(
                 f"vocab_size={self.vocab_size} is too small for different keys: choose at least "
@@ -68,18 +72,21 @@ class RecallProbe:
     @property
     def shortest(self) -> int:
         """Tokens that a sequence needs."""
-        if self.kind == "mqar":
+        if self.kind != "needle":
             return self._first_query + self.num_queries
         return self.span_length + max(self.min_distance + 1, self.span_length + 2)
 
     @property
     def _first_query(self) -> int:
-        """Place `min_distance` behind the last value, which stands at `2 * num_pairs - 1`."""
-        return 2 * self.num_pairs - 1 + self.min_distance
+        """Place `min_distance` behind the last value."""
+        width = 1 if self.kind == "fused" else 2
+        return width * self.num_pairs - 1 + self.min_distance
 
     @property
     def share(self) -> int:
-        """Number of fillers, of keys and of values."""
+        """Number of fillers, of keys and of values; of `fused` its square is that of the pairs."""
+        if self.kind == "fused":  # the largest n with n^2 + 3 n <= vocab_size - SPECIAL
+            return (math.isqrt(9 + 4 * (self.vocab_size - SPECIAL)) - 3) // 2
         return (self.vocab_size - SPECIAL) // 3
 
     @property
@@ -96,22 +103,26 @@ class RecallProbe:
         """Draw one sequence: values are independent of keys and of each other."""
         tokens = rng.integers(SPECIAL, SPECIAL + self.share, self.sequence_length)
         labels = np.full(self.sequence_length, NO_LABEL, dtype=np.int64)
-        if self.kind == "mqar":
+        if self.kind != "needle":
             self._add_pairs(rng, tokens, labels)
         else:
             self._add_needle(rng, tokens, labels)
         return RecallSequence(tokens, labels)
 
     def _add_pairs(self, rng: np.random.Generator, tokens: np.ndarray, labels: np.ndarray) -> None:
-        keys = SPECIAL + self.share + rng.choice(self.share, self.num_pairs, replace=False)
-        values = self.first_value + rng.integers(self.share, size=self.num_pairs)
-        tokens[0 : 2 * self.num_pairs : 2] = keys
-        tokens[1 : 2 * self.num_pairs : 2] = values
+        keys = rng.choice(self.share, self.num_pairs, replace=False)
+        values = rng.integers(self.share, size=self.num_pairs)
+        if self.kind == "fused":
+            first_pair = self.first_value + self.share
+            tokens[: self.num_pairs] = first_pair + keys * self.share + values
+        else:
+            tokens[0 : 2 * self.num_pairs : 2] = SPECIAL + self.share + keys
+            tokens[1 : 2 * self.num_pairs : 2] = self.first_value + values
         room = self.sequence_length - self._first_query
         places = self._first_query + rng.choice(room, self.num_queries, replace=False)
         asked = rng.choice(self.num_pairs, self.num_queries, replace=False)
-        tokens[places] = keys[asked]
-        labels[places] = values[asked]
+        tokens[places] = SPECIAL + self.share + keys[asked]
+        labels[places] = self.first_value + values[asked]
 
     def _add_needle(self, rng: np.random.Generator, tokens: np.ndarray, labels: np.ndarray) -> None:
         span = self.first_value + rng.integers(self.share, size=self.span_length)

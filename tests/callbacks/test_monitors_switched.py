@@ -77,7 +77,7 @@ SWITCH = member("switch", active="a", members={"a": TTT, "b": TTT, "low": member
 def test_an_action_expert_is_switched_in_the_middle_of_a_fit(tmp_path: Path) -> None:
     plan = [AdapterSpec(0, **SWITCH), AdapterSpec(1, **TTT)]
     module = make_module(with_ttt=False, adapters=plan)
-    module._check(FEATURES)
+    module.check(FEATURES)
     names = ["a", "a", "b", "low", None, "a"]
     step = AdapterModule.training_step
 

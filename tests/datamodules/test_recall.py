@@ -14,7 +14,8 @@ from datamodules.text_chunks import NO_LABEL
 SMALL = {"vocab_size": 64, "sequence_length": 96, "min_distance": 40}
 MQAR = RecallProbe("mqar", num_pairs=8, num_queries=6, **SMALL)
 NEEDLE = RecallProbe("needle", span_length=8, **SMALL)
-PROBES = pytest.mark.parametrize("probe", [MQAR, NEEDLE], ids=["mqar", "needle"])
+FUSED = RecallProbe("fused", num_pairs=8, num_queries=6, **{**SMALL, "vocab_size": 200})
+PROBES = pytest.mark.parametrize("probe", [MQAR, FUSED, NEEDLE], ids=["mqar", "fused", "needle"])
 
 
 def draw(probe: RecallProbe, count: int, split: int = 0) -> list[RecallSequence]:
@@ -29,6 +30,28 @@ def answer(tokens: list[int], place: int, first: int = 0) -> int | None:
         return context[context.index(BEGIN) + 1 + done] if BEGIN in context else None
     query = context.pop()
     return context[context.index(query) + 1] if query in context else None
+
+
+def unfused(tokens: list[int]) -> list[int]:
+    """Tokens of `FUSED` with every pair as a key and a value: 12 fillers, keys and values each."""
+    result = []
+    for token in tokens:
+        key, value = divmod(token - 40, 12)
+        result += [token] if token < 40 else [16 + key, 28 + value]
+    return result
+
+
+def reader(probe: RecallProbe, window: int | None = None) -> Any:
+    """`answer` by a reader of the last `window` tokens, or of all."""
+
+    def read(tokens: list[int], place: int) -> int | None:
+        first = 0 if window is None else max(0, place + 1 - window)
+        if probe is not FUSED:
+            return answer(tokens, place, first)
+        context = unfused(tokens[first : place + 1])
+        return answer(context, len(context) - 1)
+
+    return read
 
 
 def accuracy(sequences: list[RecallSequence], guess: Any) -> float:
@@ -49,18 +72,15 @@ def spread(sequences: list[RecallSequence], chance: float) -> float:
 
 @PROBES
 def test_a_reader_of_the_whole_context_answers_everything(probe: RecallProbe) -> None:
-    assert accuracy(draw(probe, 50), answer) == 1.0
+    assert accuracy(draw(probe, 50), reader(probe)) == 1.0
 
 
 @PROBES
 def test_a_reader_of_the_last_min_distance_tokens_knows_nothing(probe: RecallProbe) -> None:
-    def windowed(window: int) -> Any:
-        return lambda tokens, place: answer(tokens, place, max(0, place + 1 - window))
-
     sequences = draw(probe, 200)
     # Key and value, or the beginning of the span, are out of sight.
-    assert accuracy(sequences, windowed(probe.min_distance)) == 0.0
-    assert accuracy(sequences, windowed(probe.sequence_length)) == 1.0
+    assert accuracy(sequences, reader(probe, probe.min_distance)) == 0.0
+    assert accuracy(sequences, reader(probe, probe.sequence_length)) == 1.0
 
 
 @PROBES
@@ -209,9 +229,10 @@ def test_a_loader_resumes_at_the_exact_batch() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "search"}, "choose mqar or needle"),
+        ({"kind": "search"}, "choose mqar, fused or needle"),
         ({"num_queries": 17}, "num_queries=17 is more than num_pairs=16"),
         ({"vocab_size": 51}, "at least 52"),
+        ({"kind": "fused", "vocab_size": 307}, "at least 308"),
         ({"min_distance": 0}, "min_distance=0"),
         ({"sequence_length": 558}, "choose at least 559"),
         ({"kind": "needle", "sequence_length": 528}, "choose at least 529"),
@@ -225,6 +246,7 @@ def test_probes_that_cannot_be_are_refused(options: dict, message: str) -> None:
 
 def test_the_shortest_sequence_that_is_named_can_be_drawn() -> None:
     draw(RecallProbe(sequence_length=559, vocab_size=52), 3)
+    draw(RecallProbe("fused", sequence_length=543, vocab_size=308), 3)
     draw(RecallProbe("needle", sequence_length=529), 3)
     draw(RecallProbe("needle", min_distance=1, sequence_length=34), 3)
 
