@@ -72,7 +72,7 @@ def main() -> None:
             lines.append(f"| {name} | {length:,} | {cell} | {size / 2**20:.1f} |")
             print(lines[-1], flush=True)
     lines += ["", machine()]
-    print(machine())
+    print(f"\n{machine()}")
     if options.out is not None:
         options.out.write_text("\n".join(lines) + "\n")
 
