@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from copy import deepcopy
+from dataclasses import asdict
 from typing import Any, Literal
 
 from lightning.pytorch.cli import OptimizerCallable
@@ -21,14 +21,13 @@ from lightning_modules.adapters import (
     read_plan,
     store_plan,
 )
+from lightning_modules.adapters.registry import check_names
 from lightning_modules.base import ParameterGroup, Schedule
 from lightning_modules.language import LanguageModule
+from lightning_modules.layers.lact import FAST
 from lightning_modules.models.lact import LaCTForCausalLM
 from lightning_modules.models.lact_config import LaCTConfig
 from lightning_modules.models.pretrained import LeftOut, PretrainedOptions
-
-FAST = re.compile(r"\.(w[012]|stacked_mlps|lr_proj|momentum_proj)(\.|$)")
-"""Parameters that are fast weights at the start of a file, or say how they learn."""
 
 
 class LaCTModule(LanguageModule):
@@ -82,10 +81,13 @@ class LaCTModule(LanguageModule):
         if config is not None:
             if adapters:
                 raise ValueError("adapters are for pretrained; LaCT of config is in every layer")
-            _check_names(config)
-            LaCTConfig(**config)  # wrong values end here, before any data is read
         elif not adapters:
             raise ValueError("pretrained needs adapters, e.g. [{pattern: '*', adapter_type: lact}]")
+        # Checked once, before any data is read; the vocabulary comes with the data.
+        self._lact_config = None
+        if config is not None:
+            check_names(LaCTConfig, config, "config")
+            self._lact_config = LaCTConfig(**config)
 
     def options(self) -> dict[str, Any]:
         """Options that a checkpoint must agree with."""
@@ -115,8 +117,8 @@ class LaCTModule(LanguageModule):
 
     def _chunk_sizes(self) -> list[tuple[str, int]]:
         """Tokens of a chunk of LaCT, with the name of the option."""
-        if self.config is not None:
-            return [("lact_chunk_size", LaCTConfig(**self.config).lact_chunk_size)]
+        if self._lact_config is not None:
+            return [("lact_chunk_size", self._lact_config.lact_chunk_size)]
         return [
             (
                 f"adapters[{number}] update.lact_chunk_size",
@@ -129,10 +131,9 @@ class LaCTModule(LanguageModule):
     def build_model(self, features: Mapping[str, Any]) -> PreTrainedModel:
         """LaCT from scratch, or the pretrained model with its adapters."""
         if self.pretrained is None:
-            assert self.config is not None
-            return LaCTForCausalLM(
-                LaCTConfig(**{**self.config, "vocab_size": features["vocab_size"]})
-            )
+            config = deepcopy(self._lact_config)
+            config.vocab_size = features["vocab_size"]
+            return LaCTForCausalLM(config)
         model = self.pretrained.load()
         if features["vocab_size"] > model.config.vocab_size:
             raise ValueError(
@@ -145,20 +146,11 @@ class LaCTModule(LanguageModule):
         return model
 
     def parameter_group(self, name: str) -> str:
-        """What its adapter says; of a model from scratch `fast`, `adapter` or `base`."""
+        """What its adapter says; of a model from scratch `fast` or `base`."""
         if self.pretrained is not None:
             return parameter_group(self, name) or "base"
-        return "fast" if FAST.search(name) else "base"
+        return "base" if FAST.isdisjoint(name.split(".")) else "fast"
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Matrices decay; norms, biases, scale and offset of q and k do not."""
         return super().decays(name, parameter) and not re.search(r"qk_(scale|offset)", name)
-
-
-def _check_names(config: Mapping[str, Any]) -> None:
-    known = [option.name for option in fields(LaCTConfig)]
-    for name in config:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-            raise ValueError(f"config has no option {name!r}; {hint}")

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from lightning_modules.base import Chunk, ParameterGroup, Schedule
 from lightning_modules.generation import FastStateCache
+from lightning_modules.layers.rope import document_positions
 from lightning_modules.models.pretrained import LeftOut
 from lightning_modules.sized import SizedModule
 from lightning_modules.streams import FastState
@@ -131,7 +132,7 @@ class LanguageModule(SizedModule):
             context["document_ids"] = chunk["document_ids"]
         if "document_ids" in chunk and self._takes_positions:
             # A model whose attention knows no documents takes them from positions that restart.
-            context["position_ids"] = position_in_document(chunk["document_ids"])
+            context["position_ids"] = position_in_file(chunk)
         return self.model(
             input_ids=chunk["input_ids"], use_cache=False, fast_state=fast_state, **context
         ).logits
@@ -263,18 +264,10 @@ class LanguageModule(SizedModule):
                 )
 
 
-def position_in_document(document_ids: Tensor) -> Tensor:
-    """Index of every token in its document, int64 `[B, T]`, from `document_ids [B, T]`."""
-    time = torch.arange(document_ids.shape[1], device=document_ids.device)
-    starts = torch.ones_like(document_ids, dtype=torch.bool)
-    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return time - torch.where(starts, time, 0).cummax(1).values
-
-
 def position_in_file(chunk: Chunk) -> Tensor:
     """Index of every token in its file, or in its document where rows are packed, `[B, T]`."""
     if "document_ids" in chunk:
-        return position_in_document(chunk["document_ids"])
+        return document_positions(chunk["input_ids"], document_ids=chunk["document_ids"])
     rows, length = chunk["input_ids"].shape
     time = torch.arange(length, device=chunk["input_ids"].device).expand(rows, -1)
     return time + chunk["chunk_index"].unsqueeze(1) * length

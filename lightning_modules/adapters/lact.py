@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_modules.adapters.base import BaseAttentionAdapter, gated, publish_gates
 from lightning_modules.adapters.registry import register_attention_adapter
 from lightning_modules.layers.gates import BranchGate
-from lightning_modules.layers.lact import LaCTLayer, LaCTLayerState
+from lightning_modules.layers.lact import FAST, LaCTLayer, LaCTLayerState
 from lightning_modules.layers.lact_options import (
     LaCTAttentionConfig,
     LaCTFeatureConfig,
@@ -20,9 +20,6 @@ from lightning_modules.layers.lact_options import (
 )
 from lightning_modules.ops import LaCTState
 from lightning_modules.streams import FastState
-
-FAST = ("w0", "w1", "w2", "stacked_mlps", "lr_proj", "momentum_proj")
-"""Modules and parameters that are fast weights at the start of a stream, or say how they learn."""
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def as_config(config_class: type[ConfigT], options: Any, where: str) -> ConfigT:
             f"{where}: options are a {type(options).__name__}; "
             f"expected a dict or a {config_class.__name__}"
         )
-    _check_names(config_class, options, where)
+    check_names(config_class, options, where)
     types = get_type_hints(config_class)
     values = {
         name: as_config(types[name], value, f"{where}.{name}")
@@ -114,7 +114,11 @@ def as_config(config_class: type[ConfigT], options: Any, where: str) -> ConfigT:
     return config_class(**values)
 
 
-def _check_names(config_class: type, options: Mapping[str, Any], where: str) -> None:
+def check_names(config_class: type, options: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError if options are not those of a dataclass, or one without default is missing.
+
+    Arguments are those of `as_config`; the message names the closest option that exists.
+    """
     known = {field.name: field for field in fields(config_class)}
     for name in options:
         if name not in known:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 EPS = 1e-5
 """Of the layer's RMSNorms, and of the length by which queries and keys are divided."""
 
+FAST = frozenset({"w0", "w1", "w2", "stacked_mlps", "lr_proj", "momentum_proj"})
+"""What of a layer is fast weights at the start of a file, or says how they learn."""
+
 
 class LaCTLayerState(NamedTuple):
     """What a layer carries: the window of its attention and its memory, None where it has none."""
