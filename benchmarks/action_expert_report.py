@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 from action_expert_trials import TRIALS
 from matplotlib.figure import Figure
-from training_runs import read
+from training_runs import Results, machines, read
 
 from callbacks.closed_loop import wilson_interval
 
-Results = dict[str, list[dict[str, Any]]]
 EPISODES = 100
 """Test episodes per seed."""
 
@@ -55,35 +53,7 @@ def table(results: Results) -> str:
             f"{f'{stdev(rates):.2f}' if len(rates) > 1 else '-'} | "
             f"{', '.join(str(run['execute']) for run in runs)} | {runs[0]['parameters']:,} |"
         )
-    return "\n".join([*lines, "", *machines(results)]) + "\n"
-
-
-def machines(results: Results) -> list[str]:
-    """What was trained and tried where: a line per machine and set of versions."""
-    lines = []
-    for title, part in (("Trained", lambda run: run["training"]), ("Tried", lambda run: run)):
-        places = defaultdict(list)
-        for name, runs in results.items():
-            for run in runs:
-                versions = ", ".join(f"{k} {v}" for k, v in part(run)["versions"].items())
-                places[f"{part(run)['machine']} ({versions})"].append(f"{name}/{run['seed']}")
-        complete = len(places) == 1
-        for place, names in places.items():
-            what = "" if complete else f": {', '.join(_shortened(names, results))}"
-            lines.append(f"{title} on {place}{what}.")
-    return lines
-
-
-def _shortened(names: list[str], results: Results) -> list[str]:
-    """`trial/seed` names, where a trial all of whose seeds are there stands for them."""
-    by_trial = defaultdict(list)
-    for name in names:
-        trial, _, seed = name.rpartition("/")
-        by_trial[trial].append(seed)
-    return [
-        trial if len(seeds) == len(results[trial]) else f"{trial} (seed {', '.join(seeds)})"
-        for trial, seeds in by_trial.items()
-    ]
+    return "\n".join([*lines, "", *machines(results, measured="Tried")]) + "\n"
 
 
 def success(results: Results) -> Figure:

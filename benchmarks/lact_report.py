@@ -8,9 +8,8 @@ from typing import Any
 
 from lact_trials import TRIALS
 from matplotlib.figure import Figure
-from training_runs import read
+from training_runs import Results, machines, read
 
-Results = dict[str, list[dict[str, Any]]]
 COLUMNS = (0, 256, 1024, 4096, 16384)
 """Positions in a file whose bins are in the table."""
 
@@ -30,7 +29,7 @@ def report(out: Path) -> None:
     if text := _of(results, "text/"):
         parts.append(text_table(text))
         by_position(text).savefig(figures / "lact_loss_by_position.png")
-    parts.append("\n".join(machines(results)))
+    parts.append("\n".join([*machines(results, measured="Measured"), *texts(results)]))
     (out / "results.md").write_text("\n\n".join(parts) + "\n")
     print("\n\n".join(parts))
 
@@ -79,19 +78,11 @@ def _speed(runs: list[dict[str, Any]]) -> str:
     return f"{mean(run['training']['tokens_per_second'] for run in runs):,.0f}"
 
 
-def machines(results: Results) -> list[str]:
-    """What was trained where, and on what."""
-    runs = [run for runs in results.values() for run in runs]
-    lines = []
-    for title, part in (("Trained", lambda run: run["training"]), ("Measured", lambda run: run)):
-        places = {
-            f"{part(run)['machine']} "
-            f"({', '.join(f'{k} {v}' for k, v in part(run)['versions'].items())})"
-            for run in runs
-        }
-        lines += [f"{title} on {place}." for place in sorted(places)]
-    texts = {", ".join(f"{k} {v}" for k, v in run["data"].items()) for run in runs if run["data"]}
-    return [*lines, *(f"Text: {text}." for text in sorted(texts))]
+def texts(results: Results) -> list[str]:
+    """On which texts: a line for each."""
+    data = [run["data"] for runs in results.values() for run in runs if run["data"]]
+    lines = {", ".join(f"{name} {value}" for name, value in facts.items()) for facts in data}
+    return [f"Text: {line}." for line in sorted(lines)]
 
 
 def curves(results: Results, tag: str) -> Figure:

@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+Results = dict[str, list[dict[str, Any]]]
+"""Trial -> its complete runs by seed."""
+
 PRODUCT = {"train": "training.json", "evaluate": "result.json"}
 """What a command leaves in the folder of a run when it is complete."""
 
@@ -187,11 +191,39 @@ def machine(packages: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def read(out: Path, trials: Mapping[str, Trial]) -> dict[str, list[dict[str, Any]]]:
+def read(out: Path, trials: Mapping[str, Trial]) -> Results:
     """Trial -> its complete runs by seed, in the order of `trials`."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: Results = {}
     for name in trials:
         for path in sorted((out / name).glob("seed_*/result.json")):
             seed = int(path.parent.name.removeprefix("seed_"))
             found.setdefault(name, []).append({"seed": seed, **json.loads(path.read_text())})
     return found
+
+
+def machines(results: Results, measured: str) -> list[str]:
+    """What was trained and measured where: a line per machine and set of versions."""
+    lines = []
+    for title, part in (("Trained", lambda run: run["training"]), (measured, lambda run: run)):
+        places = defaultdict(list)
+        for name, runs in results.items():
+            for run in runs:
+                versions = ", ".join(f"{k} {v}" for k, v in part(run)["versions"].items())
+                places[f"{part(run)['machine']} ({versions})"].append(f"{name}/{run['seed']}")
+        complete = len(places) == 1
+        for place, names in places.items():
+            what = "" if complete else f": {', '.join(_shortened(names, results))}"
+            lines.append(f"{title} on {place}{what}.")
+    return lines
+
+
+def _shortened(names: list[str], results: Results) -> list[str]:
+    """`trial/seed` names, where a trial all of whose seeds are there stands for them."""
+    by_trial = defaultdict(list)
+    for name in names:
+        trial, _, seed = name.rpartition("/")
+        by_trial[trial].append(seed)
+    return [
+        trial if len(seeds) == len(results[trial]) else f"{trial} (seed {', '.join(seeds)})"
+        for trial, seeds in by_trial.items()
+    ]
