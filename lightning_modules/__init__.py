@@ -10,6 +10,7 @@ from typing import Any
 _MODULES = {
     "ActionExpertModule": "lightning_modules.action_expert",
     "LaCTModule": "lightning_modules.lact",
+    "MemoryBankModule": "lightning_modules.memory_bank",
 }
 
 __all__ = list(_MODULES)

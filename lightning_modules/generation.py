@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,6 +50,13 @@ class FastStateCache(DynamicCache):
         super().__init__(config=config)
         self.fast_state = FastState(slots, adapt=adapt)
         self.tokens_read = 0
+        self._constants: dict[str, Any] = {}
+
+    def constant(self, name: str, compute: Callable[[], Any]) -> Any:
+        """What depends on weights alone (keys of a memory bank): computed once for this cache."""
+        if name not in self._constants:
+            self._constants[name] = compute()
+        return self._constants[name]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens read so far, also by a model that leaves no keys and values here."""
@@ -69,6 +77,7 @@ class FastStateCache(DynamicCache):
         super().reset()
         self.fast_state = FastState(adapt=self.fast_state.adapt)
         self.tokens_read = 0
+        self._constants.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was; beam_idx int64 `[B]`."""
@@ -127,3 +136,22 @@ def state_of(cache: Any, rows: int) -> FastState:
             "(cache.batch_select_indices), or use another cache"
         )
     return cache.fast_state
+
+
+def check_nothing_missed(cache: Any, layer: int, who: str) -> None:
+    """Raise if a cache without fast state holds tokens that a memory would have to know.
+
+    Args:
+        cache: keys and values.
+        layer: number of the layer in it.
+        who: would have to know them, for the message.
+
+    Raises:
+        ValueError: it holds some.
+    """
+    if (seen := cache.get_seq_length(layer)) > 0:
+        raise ValueError(
+            f"the key-value cache holds {int(seen)} tokens that {who} would not know: generate "
+            "with past_key_values=FastStateCache(model.config) from lightning_modules.generation, "
+            "or pass fast_state="
+        )

@@ -134,13 +134,7 @@ class LaCTModule(LanguageModule):
             config = deepcopy(self._lact_config)
             config.vocab_size = features["vocab_size"]
             return LaCTForCausalLM(config)
-        model = self.pretrained.load()
-        if features["vocab_size"] > model.config.vocab_size:
-            raise ValueError(
-                f"the data has token ids up to {features['vocab_size'] - 1}, but "
-                f"{self.pretrained.name} knows {model.config.vocab_size}: tokenise the data with "
-                "the model's own tokenizer (data.init_args.tokenizer)"
-            )
+        model = self.pretrained.load_for(features["vocab_size"])
         self.left_out = LeftOut(model)
         inject_adapters(model, self.adapters)
         return model

@@ -125,7 +125,16 @@ class LanguageModule(SizedModule):
     def logits(self, chunk: Chunk, fast_state: FastState) -> Tensor:
         """Scores of the next token at every position, `[B, T, vocabulary]`."""
         assert self.model is not None
-        context: dict[str, Tensor] = {}
+        return self.model(
+            input_ids=chunk["input_ids"],
+            use_cache=False,
+            fast_state=fast_state,
+            **self.context(chunk),
+        ).logits
+
+    def context(self, chunk: Chunk) -> dict[str, Any]:
+        """Keywords with which the model reads a chunk, beside its tokens and its state."""
+        context: dict[str, Any] = {}
         if "mask" in chunk and chunk.get("padded", True):
             context["mask"] = chunk["mask"]
         if "document_ids" in chunk:
@@ -133,9 +142,7 @@ class LanguageModule(SizedModule):
         if "document_ids" in chunk and self._takes_positions:
             # A model whose attention knows no documents takes them from positions that restart.
             context["position_ids"] = position_in_file(chunk)
-        return self.model(
-            input_ids=chunk["input_ids"], use_cache=False, fast_state=fast_state, **context
-        ).logits
+        return context
 
     def token_losses(self, chunk: Chunk, fast_state: FastState) -> Tensor:
         """Loss of every label in nats, 0 where there is none, float32 `[B, T]`."""

@@ -16,7 +16,8 @@ from lightning_modules.adapters import TTTAdapterConfig
 from lightning_modules.layers.ttt import TTTConfig
 from lightning_modules.models.flow_matching import euler_sample
 from lightning_modules.models.pi0_inputs import load_processor
-from lightning_modules.models.pi0_options import PI0Options, ProjectionLoRA
+from lightning_modules.models.pi0_options import PI0Options
+from lightning_modules.models.projection_lora import ProjectionLoRA
 from lightning_modules.streams import FastState, Slots
 
 TOP, WRIST = "observation.images.top", "observation.images.wrist"

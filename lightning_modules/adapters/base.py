@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_modules.generation import state_of
+from lightning_modules.generation import check_nothing_missed, state_of
 from lightning_modules.streams import FastState
 
 BASE = "base_attention"
@@ -212,15 +212,8 @@ class BaseAttentionAdapter(nn.Module):
     def _check_nothing_missed(self, cache: Any) -> None:
         """Raise if a cache without fast state holds tokens that a memory would have to know."""
         layer = getattr(self, "layer_idx", None)
-        if layer is None or not self.carries_state:
-            return
-        if (seen := cache.get_seq_length(layer)) > 0:
-            raise ValueError(
-                f"the key-value cache holds {int(seen)} tokens that the fast weights of "
-                f"{self.slot or 'this layer'} would not know: generate with past_key_values="
-                "FastStateCache(model.config) from lightning_modules.generation, or pass "
-                "fast_state="
-            )
+        if layer is not None and self.carries_state:
+            check_nothing_missed(cache, layer, f"the fast weights of {self.slot or 'this layer'}")
 
 
 def check_attention(attention: nn.Module) -> None:

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -36,6 +35,7 @@ from lightning_modules.models.frozen import fingerprint
 from lightning_modules.models.pi0_cache import PrefixCache, PrefixRecorder
 from lightning_modules.models.pi0_inputs import PI0Inputs, load_processor
 from lightning_modules.models.pi0_options import PI0Options
+from lightning_modules.models.projection_lora import inject_lora
 from lightning_modules.streams import FastState
 
 STATE_TOKENS = 1
@@ -118,7 +118,7 @@ class PI0Expert(Backbone):
             dit.norm = nn.Identity()  # its place is behind the expert, where the condition is
         base = {id(p) for name, p in self.pi0.named_parameters() if ".dense." not in name}
         if self.options.train == "lora":
-            inject_adapter_in_model(_lora_config(self.options), dit)
+            inject_lora(dit, self.options.lora)
         if self.options.vlm_dtype == "bfloat16":
             with exact_frequencies(vlm):
                 vlm.to(torch.bfloat16)
@@ -252,15 +252,6 @@ def load_model(options: PI0Options, config: PI0Config) -> PI0ForConditionalGener
             f"e.g. {min(missing)}: give a complete pi0 model"
         )
     return model
-
-
-def _lora_config(options: PI0Options) -> LoraConfig:
-    return LoraConfig(
-        r=options.lora.rank,
-        lora_alpha=options.lora.alpha,
-        target_modules=list(options.lora.targets),
-        lora_dropout=0.0,
-    )
 
 
 def _recompute(vlm: nn.Module) -> None:

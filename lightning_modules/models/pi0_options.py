@@ -7,37 +7,14 @@ from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
+from lightning_modules.models.projection_lora import ProjectionLoRA
+
 if TYPE_CHECKING:
     from transformers import PI0Config
 
     from lightning_modules.models.pi0 import PI0Expert
 
 Trained = Literal["added", "lora", "expert", "all"]
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class ProjectionLoRA:
-    """LoRA on the linear maps of the expert's own attention and MLPs, by peft.
-
-    Args:
-        rank: r of `W + (alpha / r) B A`.
-        alpha: scale of the update.
-        targets: linear maps of a Gemma layer that get one.
-    """
-
-    rank: int = 16
-    alpha: float = 16.0
-    targets: tuple[str, ...] = LORA_TARGETS
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"lora.rank={self.rank} must be at least 1")
-        unknown = sorted(set(self.targets) - set(LORA_TARGETS))
-        if unknown or not self.targets:
-            raise ValueError(
-                f"lora.targets {unknown or 'is empty'}: choose from {', '.join(LORA_TARGETS)}"
-            )
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,21 @@ class PretrainedOptions:
             model.enable_input_require_grads()
         return model
 
+    def load_for(self, vocab_size: int) -> PreTrainedModel:
+        """`load`, for data with so many token ids.
+
+        Raises:
+            ValueError: the model does not know all of them.
+        """
+        model = self.load()
+        if vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"the data has token ids up to {vocab_size - 1}, but {self.name} knows "
+                f"{model.config.vocab_size}: tokenise the data with the model's own tokenizer "
+                "(data.init_args.tokenizer)"
+            )
+        return model
+
 
 class LeftOut:
     """Frozen weights of a pretrained model: left out of checkpoints, put back from the model.

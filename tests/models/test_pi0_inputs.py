@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_modules.models.pi0_inputs import PROMPT_LENGTH, PI0Inputs
-from lightning_modules.models.pi0_options import PI0Options, ProjectionLoRA
+from lightning_modules.models.pi0_options import PI0Options
+from lightning_modules.models.projection_lora import ProjectionLoRA
 
 IMAGE_TOKENS, SIDE = 4, 28
 

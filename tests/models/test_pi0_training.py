@@ -12,7 +12,7 @@ from two_processes import in_two_processes
 
 from lightning_modules.action_expert import ActionExpertModule
 from lightning_modules.models.pi0_cache import PrefixRecorder
-from lightning_modules.models.pi0_options import ProjectionLoRA
+from lightning_modules.models.projection_lora import ProjectionLoRA
 from lightning_modules.streams import FastState
 
 UNREAD = (
