@@ -72,7 +72,7 @@ class MemoryBankModule(LanguageModule):
         super().__init__(optimizer, fast_state, compile_model, schedule, groups)
         if (config is None) == (pretrained is None):
             raise ValueError(
-                "give either config (a model from scratch) or pretrained (a language model to adapt)"
+                "give either config (a model from scratch) or pretrained (a model to adapt)"
             )
         if config is not None and "model_type" not in config:
             raise ValueError("config needs model_type, e.g. llama or qwen3")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
-from typing import Any, NamedTuple, TypeVar, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 from torch import nn
 
@@ -105,13 +105,18 @@ def as_config(config_class: type[ConfigT], options: Any, where: str) -> ConfigT:
         )
     check_names(config_class, options, where)
     types = get_type_hints(config_class)
-    values = {
-        name: as_config(types[name], value, f"{where}.{name}")
-        if is_dataclass(types[name])
-        else value
-        for name, value in options.items()
-    }
+    values = {}
+    for name, value in options.items():
+        nested = _dataclass_in(types[name])
+        optional = value is None and nested is not types[name]
+        plain = nested is None or optional
+        values[name] = value if plain else as_config(nested, value, f"{where}.{name}")
     return config_class(**values)
+
+
+def _dataclass_in(annotation: Any) -> Any:
+    """The dataclass that an option is, or may be (`Options | None`); None if it is none."""
+    return next((t for t in (annotation, *get_args(annotation)) if is_dataclass(t)), None)
 
 
 def check_names(config_class: type, options: Mapping[str, Any], where: str) -> None:

@@ -100,7 +100,8 @@ def inject_memory(model: nn.Module, options: MemoryOptions) -> list[str]:
 
     Load the base weights first, and put peft's LoRA in first. The layers keep their place and the
     names of their weights: their class is exchanged for one with a memory inside. The memories take
-    the device, the dtype and the mode of the layers; the banks are `model.memory_banks`.
+    the device, the dtype and the mode of the layers; the banks are `model.memory_banks`,
+    the options `model.memory_options`.
 
     Args:
         model: a causal language model whose layers are of `LAYER_CLASSES`.
@@ -113,7 +114,7 @@ def inject_memory(model: nn.Module, options: MemoryOptions) -> list[str]:
         ValueError: a layer that does not exist, a model of another kind, or one with memory.
     """
     layers = decoder_layers(model)
-    if any(isinstance(layer, MemoryDecoderLayer) for layer in layers.values()):
+    if hasattr(model, "memory_options"):
         raise ValueError("the model has a memory already: call remove_memory first")
     paths = list(layers)
     chosen = [paths[number] for number in options.places(len(paths))]
@@ -131,6 +132,7 @@ def inject_memory(model: nn.Module, options: MemoryOptions) -> list[str]:
         layer.__class__ = with_memory(type(layer))
     if len(banks):
         setattr(model, BANKS, banks.train(model.training))
+    model.memory_options = options
     pass_token_masks(model, [f"{path}.{ATTENTION_NAME}" for path in chosen])
     return chosen
 
@@ -143,8 +145,9 @@ def remove_memory(model: nn.Module) -> list[str]:
         for name in ("memory", "memory_slot", "memory_variant"):
             delattr(layer, name)
         removed.append(path)
-    if hasattr(model, BANKS):
-        delattr(model, BANKS)
+    for name in (BANKS, "memory_options"):
+        if hasattr(model, name):
+            delattr(model, name)
     if removed:
         remove_token_masks(model)
         modules = model.named_modules()

@@ -1,0 +1,179 @@
+"""A trained memory as files: saved without its base, put back into the base, quantised.
+
+A folder holds `memory.safetensors` and `memory.json` (options, and a fingerprint of the base); with
+LoRA also peft's own two files, which `peft.PeftModel.from_pretrained` reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lightning_modules.adapters.registry import as_config
+from lightning_modules.layers.memory_bank import QuantizedBank
+from lightning_modules.layers.memory_branch import BankMemory
+from lightning_modules.models.frozen import fingerprint
+from lightning_modules.models.memory import BANKS, inject_memory, memory_layers
+from lightning_modules.models.memory_options import MemoryOptions
+
+WEIGHTS, OPTIONS = "memory.safetensors", "memory.json"
+LORA_WEIGHTS = "adapter_model.safetensors"
+LORA_PREFIX = "base_model.model."
+"""Of every name in peft's files."""
+
+
+def save_memory(model: nn.Module, folder: str | Path) -> None:
+    """Write memory, and LoRA if there is any, without the base. All of it appears at once.
+
+    Args:
+        model: has a memory (`inject_memory`).
+        folder: a new or empty folder.
+
+    Raises:
+        ValueError: the model has no memory.
+        FileExistsError: there is something in the folder.
+    """
+    target = Path(folder)
+    weights = {name: value.contiguous() for name, value in _memory_state(model).items()}
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} is not empty: save the memory into a new folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}_") as place:
+        part = Path(place) / "part"
+        part.mkdir()
+        save_file(weights, part / WEIGHTS)
+        (part / OPTIONS).write_text(json.dumps(_description(model), indent=2) + "\n")
+        _save_lora(model, part)
+        os.replace(part, target)
+
+
+def load_memory(model: nn.Module, folder: str | Path) -> None:
+    """Put a saved memory (and LoRA) into its base.
+
+    Args:
+        model: the base that it was trained in, without memory.
+        folder: that `save_memory` wrote.
+
+    Raises:
+        FileNotFoundError: there is no memory.
+        ValueError: it belongs to other weights.
+    """
+    source = Path(folder)
+    if not (source / OPTIONS).exists():
+        raise FileNotFoundError(f"{source} holds no {OPTIONS}: give a folder of save_memory")
+    stored = json.loads((source / OPTIONS).read_text())
+    if stored["base"] != _base_fingerprint(model):
+        raise ValueError(
+            f"the memory in {source} was trained in other weights than this "
+            f"{type(model).__name__} has: load the model that it belongs to"
+        )
+    weights = load_file(source / WEIGHTS)
+    options = as_config(MemoryOptions, stored["options"], OPTIONS)
+    _load_lora(model, source)
+    inject_memory(model, options)
+    if stored["bits"] is not None:
+        quantize_memory(model, stored["bits"])
+    expected = _memory_state(model)
+    if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in weights.items()}:
+        raise ValueError(f"{source / WEIGHTS} does not have the tensors that {OPTIONS} describes")
+    model.load_state_dict(weights, strict=False)
+
+
+def quantize_memory(model: nn.Module, bits: int) -> None:
+    """Exchange the banks for quantised ones, which cannot be trained any more.
+
+    Args:
+        model: has a memory.
+        bits: 8 or 4 per number.
+
+    Raises:
+        ValueError: there is no bank, or it is quantised already.
+    """
+    banks = getattr(model, BANKS, None)
+    if not banks or any(isinstance(bank, QuantizedBank) for bank in banks):
+        raise ValueError("the model has no bank that is not quantised already")
+    replaced = {id(bank): bank.quantized(bits) for bank in banks}
+    for _, layer in memory_layers(model):
+        assert isinstance(layer.memory.reader, BankMemory)
+        layer.memory.reader.bank = replaced[id(layer.memory.reader.bank)]
+    setattr(model, BANKS, nn.ModuleList(replaced[id(bank)] for bank in banks))
+
+
+def export_banks(model: nn.Module, path: str | Path) -> None:
+    """Write the rows of the banks, `bank_0 [N, width]`, ..., as one safetensors file.
+
+    A factorised bank is written as its product, a quantised one as `codes` and `scale`.
+    """
+    tensors: dict[str, Tensor] = {}
+    for number, bank in enumerate(getattr(model, BANKS, ())):
+        if isinstance(bank, QuantizedBank):
+            parts = {f"bank_{number}.{name}": value for name, value in bank.named_buffers()}
+        else:
+            parts = {f"bank_{number}": bank.rows().detach()}
+        tensors |= {name: value.cpu().contiguous() for name, value in parts.items()}
+    if not tensors:
+        raise ValueError("the model has no bank to export")
+    target = Path(path)
+    with tempfile.TemporaryDirectory(dir=target.parent) as place:
+        save_file(tensors, Path(place) / "rows")
+        os.replace(Path(place) / "rows", target)
+
+
+def _memory_state(model: nn.Module) -> dict[str, Tensor]:
+    """Names and tensors of banks, readers, routers and norms."""
+    if not hasattr(model, "memory_options"):
+        raise ValueError(f"{type(model).__name__} has no memory: call inject_memory first")
+    prefixes = (f"{BANKS}.", *(f"{layer.memory_slot}." for _, layer in memory_layers(model)))
+    return {k: v.cpu() for k, v in model.state_dict().items() if k.startswith(prefixes)}
+
+
+def _description(model: nn.Module) -> dict[str, Any]:
+    bits = {bank.bits for bank in getattr(model, BANKS, ()) if isinstance(bank, QuantizedBank)}
+    return {
+        "options": asdict(model.memory_options),
+        "bits": next(iter(bits), None),
+        "base": _base_fingerprint(model),
+    }
+
+
+def _base_fingerprint(model: nn.Module) -> str:
+    return fingerprint(_base_parameters(model))
+
+
+def _base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What was there before memory and LoRA, under the names of then."""
+    prefixes = (f"{BANKS}.", *(f"{layer.memory_slot}." for _, layer in memory_layers(model)))
+    for name, parameter in model.named_parameters():
+        if not name.startswith(prefixes) and "lora_" not in name:
+            yield name.replace(".base_layer", ""), parameter
+
+
+def _save_lora(model: nn.Module, folder: Path) -> None:
+    config = getattr(model, "peft_config", None)
+    if not config:
+        return
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model)
+    tensors = {f"{LORA_PREFIX}{name}": v.cpu().contiguous() for name, v in state.items()}
+    save_file(tensors, folder / LORA_WEIGHTS)
+    next(iter(config.values())).save_pretrained(folder)
+
+
+def _load_lora(model: nn.Module, folder: Path) -> None:
+    if not (folder / LORA_WEIGHTS).exists():
+        return
+    from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    inject_adapter_in_model(PeftConfig.from_pretrained(folder), model)
+    state = load_file(folder / LORA_WEIGHTS)
+    names = {name.removeprefix(LORA_PREFIX): value for name, value in state.items()}
+    set_peft_model_state_dict(model, names)
