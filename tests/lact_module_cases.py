@@ -71,6 +71,19 @@ def make_trainer(folder: Path, max_steps: int, *callbacks: Any, **options: Any) 
     )
 
 
+class Trace(pl.Callback):
+    """Loss of every training step, by its number; saves a checkpoint after one of them."""
+
+    def __init__(self, save_after: int | None = None, path: Path | None = None) -> None:
+        self.losses: dict[int, float] = {}
+        self.save_after, self.path = save_after, path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.losses[trainer.global_step] = args[1]["loss"].item()
+        if trainer.global_step == self.save_after:
+            trainer.save_checkpoint(self.path)
+
+
 def save_pretrained(folder: Path) -> str:
     """A tiny Qwen3 that knows the bytes, as a folder of the hub."""
     torch.manual_seed(1)

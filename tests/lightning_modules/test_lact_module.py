@@ -6,10 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from lact_module_cases import CHUNK, CONFIG, adamw, make_data, make_module, make_trainer
+from lact_module_cases import CHUNK, CONFIG, Trace, adamw, make_data, make_module, make_trainer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,19 +25,6 @@ def built(config: dict[str, Any] | None = None, **options: Any) -> LaCTModule:
     module = make_module(config, **options)
     module.build(FEATURES)
     return module.double().eval()
-
-
-class Trace(pl.Callback):
-    """Loss of every training step, by its number; saves a checkpoint after one of them."""
-
-    def __init__(self, save_after: int | None = None, path: Path | None = None) -> None:
-        self.losses: dict[int, float] = {}
-        self.save_after, self.path = save_after, path
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        self.losses[trainer.global_step] = args[1]["loss"].item()
-        if trainer.global_step == self.save_after:
-            trainer.save_checkpoint(self.path)
 
 
 def whole_files(data: Any) -> list[Tensor]:
