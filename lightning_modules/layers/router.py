@@ -58,6 +58,23 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     return scores.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
+def log_weights(logits: Tensor, choices: Tensor, renormalize: bool) -> Tensor:
+    """Logarithms of the weights of what was chosen.
+
+    Args:
+        logits: `[..., n]`.
+        choices: int64 `[..., k]`.
+        renormalize: weights sum to 1 over the choices, with k = 1 exactly, without gradient;
+            otherwise they are probabilities.
+
+    Returns:
+        `[..., k]`.
+    """
+    chosen = logits.gather(-1, choices)
+    among = chosen if renormalize else logits
+    return chosen - among.logsumexp(-1, keepdim=True)
+
+
 def top_k_weights(probabilities: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest probabilities of every token; the others become 0.
 
