@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_modules.layers.documents import Known, document_starts
+
 ROPE_THETA = 10_000.0
 
 
@@ -68,22 +70,10 @@ def _positions(
     if offset is not None:
         count = count + offset.unsqueeze(1)
     if document_ids is not None:
-        starts = _document_starts(document_ids, real, state)
+        known = None if state is None else Known(state.tokens_seen > 0, state.document_id)
+        starts = document_starts(document_ids, real, known)
         count = count - torch.where(starts, count, 0).cummax(1).values
     return count
-
-
-def _document_starts(document_ids: Tensor, real: Tensor, state: Any | None) -> Tensor:
-    """Real tokens whose document differs from that of the real token before, bool `[B, T]`."""
-    time = torch.arange(real.shape[1], device=real.device)
-    last = torch.where(real, time, -1).cummax(1).values
-    last = torch.cat([torch.full_like(last[:, :1], -1), last[:, :-1]], dim=1)
-    changes = document_ids != document_ids.gather(1, last.clamp(min=0))
-    if state is None:
-        return real & changes & (last >= 0)
-    begun = (state.tokens_seen > 0).unsqueeze(1)
-    changes_here = begun & (document_ids != state.document_id.unsqueeze(1))
-    return real & torch.where(last < 0, changes_here, changes)
 
 
 def rotate_interleaved(x: Tensor, positions: Tensor, theta: float = ROPE_THETA) -> Tensor:

@@ -45,6 +45,36 @@ def router_logits(x: Tensor, router: nn.Linear) -> Tensor:
         return F.linear(x.to(dtype), router.weight.to(dtype), bias)
 
 
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """The k best choices of every token, best first; of equal ones the lowest index is better.
+
+    Args:
+        scores: logits or probabilities, `[..., n]`.
+        k: 1 to n.
+
+    Returns:
+        int64 `[..., k]`.
+    """
+    return scores.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def log_weights(logits: Tensor, choices: Tensor, renormalize: bool) -> Tensor:
+    """Logarithms of the weights of what was chosen.
+
+    Args:
+        logits: `[..., n]`.
+        choices: int64 `[..., k]`.
+        renormalize: weights sum to 1 over the choices, with k = 1 exactly, without gradient;
+            otherwise they are probabilities.
+
+    Returns:
+        `[..., k]`.
+    """
+    chosen = logits.gather(-1, choices)
+    among = chosen if renormalize else logits
+    return chosen - among.logsumexp(-1, keepdim=True)
+
+
 def top_k_weights(probabilities: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest probabilities of every token; the others become 0.
 
@@ -59,9 +89,8 @@ def top_k_weights(probabilities: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Returns:
         Weights `[..., n]` and what is selected, bool `[..., n]` with k true.
     """
-    order = probabilities.detach().sort(dim=-1, descending=True, stable=True).indices
     selected = torch.zeros_like(probabilities, dtype=torch.bool)
-    selected = selected.scatter(-1, order[..., :k], True)
+    selected = selected.scatter(-1, top_k(probabilities, k), True)
     return probabilities * selected, selected
 
 
@@ -84,8 +113,18 @@ def balance_loss(
     """
     mean = masked_mean(probabilities, mask)
     load = mean if selected is None else masked_mean(selected.to(mean.dtype), mask)
-    share = load.detach() / load.detach().sum().clamp(min=torch.finfo(load.dtype).tiny)
-    return probabilities.shape[-1] * (share * mean).sum()
+    return balance_of(load_share(load), mean)
+
+
+def load_share(load: Tensor) -> Tensor:
+    """Share of every choice in the load `[n]`, without gradient; 0 where there is no load."""
+    load = load.detach()
+    return load / load.sum().clamp(min=torch.finfo(load.dtype).tiny)
+
+
+def balance_of(share: Tensor, mean: Tensor) -> Tensor:
+    """`n * sum_i f_i P_i` of shares of the load `[n]` and mean probabilities `[n]`."""
+    return mean.shape[-1] * (share * mean).sum()
 
 
 def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:

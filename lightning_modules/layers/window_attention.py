@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_modules.layers.documents import last_document
 from lightning_modules.layers.flex_window import FlexWindow
 from lightning_modules.layers.rope import document_positions
 
@@ -131,7 +132,7 @@ def plan_window(
         first=first,
         kept=kept,
         tokens_seen=seen,
-        document_id=_last_document(x, mask, document_ids, state),
+        document_id=last_document(x, mask, document_ids, state),
         everything=alone and (window is None or length <= window),
         flex=FlexWindow.of(x, first, carried),
     )
@@ -153,24 +154,6 @@ def _carried(state: WindowState, window: int | None, rows: int) -> int:
             "keep to one window_size, or start with state=None"
         )
     return carried
-
-
-def _last_document(
-    x: Tensor, mask: Tensor | None, document_ids: Tensor | None, state: WindowState | None
-) -> Tensor:
-    """Id of the document to which each row's last real token belongs, int64 `[B]`."""
-    if state is None:
-        known = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-    else:
-        known = state.document_id
-    if document_ids is None:
-        return known
-    if mask is None:
-        return document_ids[:, -1].long()
-    index = torch.arange(x.shape[1], device=x.device)
-    last = torch.where(mask, index, -1).amax(1, keepdim=True)
-    ids = document_ids.long().gather(1, last.clamp(min=0)).squeeze(1)
-    return torch.where(last.squeeze(1) >= 0, ids, known)
 
 
 def window_attention(
