@@ -3,9 +3,21 @@
 Importing this package loads torch only.
 """
 
+from lightning_modules.ops.chapter_attention import chapter_attention
 from lightning_modules.ops.lact import lact
+from lightning_modules.ops.quantize import dequantize_rows, quantize_rows
 from lightning_modules.ops.states import LaCTState, TTTLinearState, TTTMLPState
 from lightning_modules.ops.ttt_linear import ttt_linear
 from lightning_modules.ops.ttt_mlp import ttt_mlp
 
-__all__ = ["LaCTState", "TTTLinearState", "TTTMLPState", "lact", "ttt_linear", "ttt_mlp"]
+__all__ = [
+    "LaCTState",
+    "TTTLinearState",
+    "TTTMLPState",
+    "chapter_attention",
+    "dequantize_rows",
+    "lact",
+    "quantize_rows",
+    "ttt_linear",
+    "ttt_mlp",
+]
