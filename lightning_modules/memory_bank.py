@@ -161,7 +161,7 @@ class MemoryBankModule(LanguageModule):
     def parameter_group(self, name: str) -> str:
         """`bank`, `memory`, `lora` or `base`."""
         parts = name.split(".")
-        if BANKS in parts or "values" in parts:
+        if BANKS in parts:
             return "bank"
         if "memory" in parts:
             return "memory"

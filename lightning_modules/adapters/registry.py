@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
-from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
 
@@ -116,7 +117,8 @@ def as_config(config_class: type[ConfigT], options: Any, where: str) -> ConfigT:
 
 def _dataclass_in(annotation: Any) -> Any:
     """The dataclass that an option is, or may be (`Options | None`); None if it is none."""
-    return next((t for t in (annotation, *get_args(annotation)) if is_dataclass(t)), None)
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
+    return next((option for option in options if is_dataclass(option)), None)
 
 
 def check_names(config_class: type, options: Mapping[str, Any], where: str) -> None:

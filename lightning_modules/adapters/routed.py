@@ -18,6 +18,7 @@ from lightning_modules.adapters.compose import (
 from lightning_modules.adapters.registry import register_attention_adapter
 from lightning_modules.layers.router import (
     balance_loss,
+    counted_tokens,
     entropy,
     init_router,
     masked_mean,
@@ -137,7 +138,9 @@ class RoutedAdapter(CompositeAdapter):
         """
         mixture, total = self.mix(hidden_states), None
         if fast_state is not None:
-            self._add_losses(fast_state, mixture, _counted(mask, fast_state.live, hidden_states))
+            self._add_losses(
+                fast_state, mixture, counted_tokens(mask, fast_state.live, hidden_states)
+            )
             self._publish(fast_state, mixture, mask)
         context |= {"fast_state": fast_state, "mask": mask}
         for member, weight in zip(self.members.values(), mixture.weights.unbind(-1), strict=True):
@@ -170,11 +173,3 @@ class RoutedAdapter(CompositeAdapter):
             certainty = masked_mean(entropy(probabilities).unsqueeze(-1), mask, dim=1).squeeze(-1)
         share = load / (self.adapter_config.top_k or 1)
         fast_state.publish("router", self.own_slot(), load=share, entropy=certainty)
-
-
-def _counted(mask: Tensor | None, live: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """Tokens that count in a loss, bool `[B, T]` for tokens `[B, T, ...]`; None for all."""
-    if live is None:
-        return mask
-    rows = live.unsqueeze(-1).expand(tokens.shape[:2])
-    return rows if mask is None else rows & mask

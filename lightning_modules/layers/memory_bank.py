@@ -185,6 +185,28 @@ class _Rounded(torch.autograd.Function):
         return grad, None
 
 
+class BankReader(nn.Module):
+    """A layer that reads a bank which is another module's: several layers may share one.
+
+    Args:
+        bank: the rows.
+    """
+
+    def __init__(self, bank: MemoryBank) -> None:
+        super().__init__()
+        self.attach(bank)
+
+    def attach(self, bank: MemoryBank) -> None:
+        """Read this bank from now on."""
+        # In a tuple it is no submodule: its weights have one name, that of their owner.
+        self._held = (bank,)
+
+    @property
+    def bank(self) -> MemoryBank:
+        """The rows that are read."""
+        return self._held[0]
+
+
 def make_bank(config: BankConfig, hidden_size: int) -> MemoryBank:
     """The bank that the options describe.
 

@@ -9,11 +9,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.layers.chapter_router import ChapterRouter, RouterState
+from lightning_modules.layers.chapter_router import ChapterRouter, Routing
 from lightning_modules.layers.memory_attention import MemoryAttention
-from lightning_modules.layers.memory_bank import MemoryBank, QuantizedBank, check_chapters
+from lightning_modules.layers.memory_bank import (
+    BankReader,
+    MemoryBank,
+    QuantizedBank,
+    check_chapters,
+    make_bank,
+)
 from lightning_modules.layers.memory_options import BankConfig, MemoryAttentionConfig, RouterConfig
+from lightning_modules.layers.pooling import RouterState
 from lightning_modules.layers.product_keys import ProductKeyConfig, ProductKeyMemory
+from lightning_modules.layers.router import counted_tokens
 from lightning_modules.streams import FastState
 
 Constant = Callable[[str, Callable[[], Any]], Any]
@@ -45,33 +53,28 @@ class MemoryConfig:
         if self.product_keys is None and self.router is not None:
             check_chapters(self.bank.num_rows, self.router.num_chapters)
 
+    def make_bank(self, hidden_size: int) -> MemoryBank:
+        """A bank for a model of this width."""
+        if self.product_keys is not None:
+            return self.product_keys.make_bank(hidden_size)
+        return make_bank(self.bank, hidden_size)
 
-class BankMemory(nn.Module):
+
+class BankMemory(BankReader):
     """Cross-attention to the chapters of a bank that a router chooses.
 
     Args:
         hidden_size: d of the model.
         config: sizes of reader and router.
-        bank: the rows, a submodule of the model, not of this one: several layers may share it.
+        bank: the rows.
     """
 
     def __init__(self, hidden_size: int, config: MemoryConfig, bank: MemoryBank) -> None:
-        super().__init__()
+        super().__init__(bank)
         inner = bank.width if config.bank.kind == "reduced" else hidden_size
         self.attention = MemoryAttention(hidden_size, bank.width, inner, config.attention)
         self.router = None if config.router is None else ChapterRouter(hidden_size, config.router)
         self.router_config = config.router
-        self.bank = bank
-
-    @property
-    def bank(self) -> MemoryBank:
-        """The rows that are read."""
-        return self._bank[0]
-
-    @bank.setter
-    def bank(self, bank: MemoryBank) -> None:
-        # In a tuple it is no submodule, and its parameters have one name in the model.
-        self._bank = (bank,)
 
     @property
     def carries_state(self) -> bool:
@@ -110,22 +113,28 @@ class BankMemory(nn.Module):
             state = None if fast_state is None else fast_state.read(slot, RouterState)
             routing = self.router(x, state=state, **context)
             if fast_state is not None:
-                self._leave(fast_state, slot, routing)
+                self._leave(
+                    fast_state,
+                    slot,
+                    routing,
+                    counted_tokens(context.get("mask"), fast_state.live, x),
+                )
         projected = None
         if constant is not None and not isinstance(self.bank, QuantizedBank):
             chapters = 1 if self.router_config is None else self.router_config.num_chapters
             projected = constant(slot, lambda: self.attention.project_bank(self.bank, chapters))
         return self.attention(x, self.bank, routing, self.router_config, projected=projected)
 
-    def _leave(self, fast_state: FastState, slot: str, routing: Any) -> None:
+    def _leave(
+        self, fast_state: FastState, slot: str, routing: Routing, mask: Tensor | None
+    ) -> None:
         """State for the next call, losses for the training step, statistics for a monitor."""
         if routing.state is not None:
             fast_state.write(slot, routing.state)
         if self.training and torch.is_grad_enabled():
-            losses = routing.losses(self.router_config, live=fast_state.live)
-            fast_state.add_loss(slot, **losses)
+            fast_state.add_loss(slot, **routing.losses(self.router_config, mask))
         if fast_state.listens("chapter_router"):
-            fast_state.publish("chapter_router", slot, **routing.statistics(live=fast_state.live))
+            fast_state.publish("chapter_router", slot, **routing.statistics(mask))
 
 
 class MemoryBranch(nn.Module):
@@ -136,7 +145,7 @@ class MemoryBranch(nn.Module):
     Args:
         hidden_size: d of the model.
         config: of the memory.
-        bank: the rows; None for product keys.
+        bank: the rows.
         eps: of the norms.
         mlp: of variant B, `[..., d]` to `[..., d]`, with a last linear map `down_proj`.
     """
@@ -145,7 +154,7 @@ class MemoryBranch(nn.Module):
         self,
         hidden_size: int,
         config: MemoryConfig,
-        bank: MemoryBank | None,
+        bank: MemoryBank,
         eps: float = 1e-6,
         mlp: nn.Module | None = None,
     ) -> None:
@@ -153,9 +162,8 @@ class MemoryBranch(nn.Module):
         self.norm = nn.RMSNorm(hidden_size, eps=eps)
         self.reader: BankMemory | ProductKeyMemory
         if config.product_keys is not None:
-            self.reader = ProductKeyMemory(hidden_size, config.product_keys)
+            self.reader = ProductKeyMemory(hidden_size, config.product_keys, bank)
         else:
-            assert bank is not None
             self.reader = BankMemory(hidden_size, config, bank)
         self.mlp = mlp
         self.mlp_norm = None if mlp is None else nn.RMSNorm(hidden_size, eps=eps)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_modules.layers.memory_bank import StandardBank
+from lightning_modules.layers.memory_bank import BankReader, StandardBank
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,13 @@ class ProductKeyConfig:
                 "of sub-keys each"
             )
 
+    def make_bank(self, hidden_size: int) -> StandardBank:
+        """The rows, `[n^2, value_width]`."""
+        width = hidden_size if self.value_width is None else self.value_width
+        return StandardBank(self.num_keys**2, width)
 
-class ProductKeyMemory(nn.Module):
+
+class ProductKeyMemory(BankReader):
     """A bank of n^2 rows V of which every token reads a few, found among 2n sub-keys.
 
     Per head, with the halves q1 and q2 of `q = x Wq` and tables K1 and K2 of n sub-keys:
@@ -61,28 +66,26 @@ class ProductKeyMemory(nn.Module):
     pair outside has k better ones in its own row or column. Wo is zero at initialisation, so that
     a model starts exactly as its base. Every token is treated by itself.
 
-    The rows are a `StandardBank` named `bank`. Layers share one if it is assigned to all of them.
-
     Args:
         hidden_size: channels of x and of the output.
         config: sizes.
+        bank: the rows, as `config.make_bank` makes them.
     """
 
-    def __init__(self, hidden_size: int, config: ProductKeyConfig) -> None:
-        super().__init__()
+    def __init__(self, hidden_size: int, config: ProductKeyConfig, bank: StandardBank) -> None:
+        super().__init__(bank)
         heads, n, half = config.num_heads, config.num_keys, config.key_width // 2
-        width = hidden_size if config.value_width is None else config.value_width
+        width = bank.width
         self.config = config
         self.query = nn.Linear(hidden_size, heads * config.key_width, bias=False)
         self.keys = nn.Parameter(torch.empty(2, heads, n, half))
-        self.bank = StandardBank(n * n, width)
         self.gate = nn.Linear(hidden_size, width, bias=False)
         self.output = nn.Linear(width, hidden_size, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw sub-keys uniformly within `1 / sqrt(key_width / 2)`, and set Wo to zero."""
-        for part in (self.query, self.bank, self.gate):
+        for part in (self.query, self.gate):
             part.reset_parameters()
         bound = self.keys.shape[-1] ** -0.5
         nn.init.uniform_(self.keys, -bound, bound)

@@ -161,3 +161,20 @@ def masked_mean(values: Tensor, mask: Tensor | None = None, dim: int | None = No
         return values.mean(dims)
     counted = torch.where(mask.unsqueeze(-1), values, 0.0).sum(dims)
     return counted / mask.unsqueeze(-1).sum(dims).clamp(min=1)
+
+
+def counted_tokens(mask: Tensor | None, live: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """Tokens that count in a loss, bool `[B, T]`: real ones, of rows that have a file.
+
+    Args:
+        mask: real tokens, bool `[B, T]`; None: all.
+        live: rows that have a file, bool `[B]`; None: all.
+        tokens: `[B, T, ...]`.
+
+    Returns:
+        None if all count.
+    """
+    if live is None:
+        return mask
+    rows = live.unsqueeze(-1).expand(tokens.shape[:2])
+    return rows if mask is None else rows & mask

@@ -11,7 +11,7 @@ from lightning_modules.adapters import BaseAttentionAdapter
 from lightning_modules.adapters.inject import ATTENTION_NAME
 from lightning_modules.adapters.token_mask import pass_token_masks, remove_token_masks
 from lightning_modules.generation import check_nothing_missed, state_of
-from lightning_modules.layers.memory_bank import MemoryBank, make_bank
+from lightning_modules.layers.memory_bank import MemoryBank
 from lightning_modules.layers.memory_branch import MemoryBranch, MemoryConfig
 from lightning_modules.models.memory_options import MemoryOptions
 from lightning_modules.streams import FastState
@@ -121,7 +121,7 @@ def inject_memory(model: nn.Module, options: MemoryOptions) -> list[str]:
     owners = options.bank_of(len(chosen))
     banks = _banks(model, options.memory, 1 + max(owners, default=-1))
     branches = [
-        _branch(model, layers[path], options.memory, banks[owner] if len(banks) else None)
+        _branch(model, layers[path], options.memory, banks[owner])
         for path, owner in zip(chosen, owners, strict=True)
     ]
     for path, branch in zip(chosen, branches, strict=True):
@@ -181,15 +181,13 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _banks(model: nn.Module, config: MemoryConfig, count: int) -> nn.ModuleList:
-    """So many banks, like the model in device and dtype; none for product keys."""
-    if config.product_keys is not None:
-        return nn.ModuleList()
+    """So many banks, like the model in device and dtype."""
     size = model.get_decoder().config.hidden_size
-    return _like(nn.ModuleList(make_bank(config.bank, size) for _ in range(count)), model)
+    return _like(nn.ModuleList(config.make_bank(size) for _ in range(count)), model)
 
 
 def _branch(
-    model: nn.Module, layer: nn.Module, config: MemoryConfig, bank: MemoryBank | None
+    model: nn.Module, layer: nn.Module, config: MemoryConfig, bank: MemoryBank
 ) -> MemoryBranch:
     decoder, mlp = model.get_decoder().config, None
     if config.variant == "B":

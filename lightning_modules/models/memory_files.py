@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from lightning_modules.adapters.registry import as_config
 from lightning_modules.layers.memory_bank import QuantizedBank
-from lightning_modules.layers.memory_branch import BankMemory
 from lightning_modules.models.frozen import fingerprint
 from lightning_modules.models.memory import BANKS, inject_memory, memory_layers
 from lightning_modules.models.memory_options import MemoryOptions
@@ -100,10 +99,11 @@ def quantize_memory(model: nn.Module, bits: int) -> None:
     banks = getattr(model, BANKS, None)
     if not banks or any(isinstance(bank, QuantizedBank) for bank in banks):
         raise ValueError("the model has no bank that is not quantised already")
+    if model.memory_options.memory.product_keys is not None:
+        raise ValueError("the rows of product keys cannot be quantised: only banks with chapters")
     replaced = {id(bank): bank.quantized(bits) for bank in banks}
     for _, layer in memory_layers(model):
-        assert isinstance(layer.memory.reader, BankMemory)
-        layer.memory.reader.bank = replaced[id(layer.memory.reader.bank)]
+        layer.memory.reader.attach(replaced[id(layer.memory.reader.bank)])
     setattr(model, BANKS, nn.ModuleList(replaced[id(bank)] for bank in banks))
 
 

@@ -25,6 +25,14 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 """float64 sums of at most a hundred terms in another order."""
 
 
+class Alone(ProductKeyMemory):
+    """With its bank inside, so that both move and train together."""
+
+    def __init__(self, hidden_size: int, config: ProductKeyConfig) -> None:
+        super().__init__(hidden_size, config, config.make_bank(hidden_size))
+        self.owned = self.bank
+
+
 def _config(**options: Any) -> ProductKeyConfig:
     return ProductKeyConfig(
         **{"num_keys": 9, "num_heads": 3, "top_k": 4, "key_width": 6, **options}
@@ -34,7 +42,7 @@ def _config(**options: Any) -> ProductKeyConfig:
 def _memory(size: str = "default") -> ProductKeyMemory:
     """In float64, with an output that is not zero and rows as large as the other weights."""
     torch.manual_seed(0)
-    memory = ProductKeyMemory(HIDDEN, _config(**SIZES[size])).double()
+    memory = Alone(HIDDEN, _config(**SIZES[size])).double()
     nn.init.normal_(memory.output.weight, std=0.5)
     nn.init.normal_(memory.bank.weight)
     nn.init.normal_(memory.keys)
@@ -111,7 +119,7 @@ def test_gradcheck() -> None:
 
 
 def test_a_new_memory_reads_zeros_bit_for_bit_and_learns() -> None:
-    memory = ProductKeyMemory(HIDDEN, _config())
+    memory = Alone(HIDDEN, _config())
     x = _x().float()
     assert torch.equal(memory(x), torch.zeros_like(x))
     optimizer = torch.optim.SGD(memory.parameters(), lr=1.0)
@@ -124,7 +132,7 @@ def test_a_new_memory_reads_zeros_bit_for_bit_and_learns() -> None:
 
 def test_parameters_are_drawn_as_documented() -> None:
     torch.manual_seed(0)
-    memory = ProductKeyMemory(64, ProductKeyConfig(num_keys=64, key_width=32))
+    memory = Alone(64, ProductKeyConfig(num_keys=64, key_width=32))
     assert 0.99 < memory.keys.abs().max() * 16**0.5 <= 1
     assert abs(memory.bank.weight.std() / 0.02 - 1) < 0.02
     assert not memory.output.weight.any()
@@ -165,7 +173,7 @@ def test_rows_that_nobody_reads_get_a_gradient_of_exactly_zero() -> None:
 def test_layers_that_share_a_bank_add_their_gradients() -> None:
     first, second, x = _memory(), _memory("top_1"), _x()
     separate = [torch.autograd.grad(m(x).sum(), m.bank.weight)[0] for m in (first, second)]
-    second.bank = first.bank
+    second.attach(first.bank)
     (first(x) + second(x)).sum().backward()
     torch.testing.assert_close(first.bank.weight.grad, sum(separate), **CLOSE)
 
@@ -180,7 +188,7 @@ def test_checkpointing_changes_neither_output_nor_gradients() -> None:
 
 
 def test_no_score_of_all_products_is_made_and_nothing_waits_for_the_device() -> None:
-    memory, x = ProductKeyMemory(HIDDEN, _config(num_keys=100)), _x().float()
+    memory, x = Alone(HIDDEN, _config(num_keys=100)), _x().float()
     with SizeSpy() as spy:
         memory(x).sum().backward()
     rows = 100**2 * HIDDEN  # the gradient of the bank
@@ -199,7 +207,7 @@ def test_any_mixture_of_dtypes_is_read_within_the_error_of_bfloat16(
     # All sub-keys chosen in both tables: rounding changes no selection, so that errors stay small.
     config = _config(num_keys=2, top_k=2, num_heads=1)
     torch.manual_seed(3)
-    memory = ProductKeyMemory(HIDDEN, config).double()
+    memory = Alone(HIDDEN, config).double()
     nn.init.normal_(memory.output.weight, std=0.5)
     x = _x().to(torch.bfloat16).double()
     expected = memory(x)
