@@ -70,7 +70,7 @@ class MemoryBank(nn.Module):
         """
         bank = QuantizedBank(self.num_rows, self.width, bits)
         with torch.no_grad():
-            codes, scale = quantize_rows(_at_least_float32(self.values()), bits)
+            codes, scale = quantize_rows(self.values(), bits)
         bank.codes, bank.scale = codes, scale
         return bank
 
@@ -177,7 +177,7 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, bits: int) -> Tensor:
-        codes, scale = quantize_rows(_at_least_float32(rows), bits)
+        codes, scale = quantize_rows(rows, bits)
         return dequantize_rows(codes, scale, None, bits).to(rows.dtype)
 
     @staticmethod
@@ -254,7 +254,3 @@ def chapter_rows(chapters: Tensor, rows_per_chapter: int) -> Tensor:
     """
     within = torch.arange(rows_per_chapter, device=chapters.device)
     return (chapters.unsqueeze(-1) * rows_per_chapter + within).flatten(-2)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -214,8 +214,7 @@ def test_a_routed_read_of_a_quantized_bank_never_computes_the_whole_bank(bits: i
     bank, routing, x = StandardBank(rows, WIDTH).double().quantized(bits), chosen(router), _x()
     with torch.no_grad(), SizeSpy() as spy:
         layer(x, bank, routing, router)
-    # What the tokens gather is the most; the scales of all rows would be as many as rows.
-    assert spy.largest <= 2 * LENGTH * 3 * PER_CHAPTER * HIDDEN < rows * WIDTH
+    assert spy.largest < rows * WIDTH / 4  # at most 5 of 500 chapters, gathered for 16 tokens
     with torch.no_grad(), SizeSpy() as spy:  # the spy sees it
         layer(x, standard_bank(bank.rows()), routing, router)
     assert spy.largest >= rows * WIDTH
@@ -235,7 +234,7 @@ def _largest(layer: MemoryAttention, bank: nn.Module, batch: int) -> int:
 def test_nothing_in_a_training_step_is_as_large_as_a_bank_per_row_of_the_batch() -> None:
     layer, bank = drawn_attention(), standard_bank(normal(256 * PER_CHAPTER, WIDTH))
     bank_size = 256 * PER_CHAPTER * max(HIDDEN, WIDTH)
-    assert _largest(layer, bank, 8) == _largest(layer, bank, 2) == bank_size
+    assert bank_size <= _largest(layer, bank, 2) <= _largest(layer, bank, 8) < 2 * bank_size
 
 
 def test_wrong_variant_that_projects_the_bank_per_row_is_that_large() -> None:
