@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -36,6 +36,11 @@ class StreamDataModule(pl.LightningDataModule):
         """The chunks of a stage; called once per loader, after `setup`."""
         raise NotImplementedError(f"{type(self).__name__} must implement build_dataset(stage)")
 
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Plain values that every chunk carries, so that a model knows them without waiting."""
+        return {}
+
     def train_dataloader(self) -> StreamLoader:
         """Shuffled streams, `tbptt` chunks per batch."""
         return self._loader("train", tbptt=self.tbptt, shuffle=True)
@@ -64,5 +69,9 @@ class StreamDataModule(pl.LightningDataModule):
             world_size=self.trainer.world_size if self.trainer else 1,
         )
         return StreamLoader(
-            dataset, sampler, num_workers=self.num_workers, pin_memory=torch.cuda.is_available()
+            dataset,
+            sampler,
+            constants=self.constants,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
         )

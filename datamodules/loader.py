@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -39,11 +39,17 @@ class _Tagged:
 
 
 def collate_chunks(
-    samples: Sequence[tuple[ChunkRequest, dict[str, Tensor]]], tbptt: int
+    samples: Sequence[tuple[ChunkRequest, dict[str, Tensor]]],
+    tbptt: int,
+    constants: Mapping[str, Any] | None = None,
 ) -> list[Chunk]:
-    """Stack chunk-major samples into a list of `tbptt` chunks with the stream keys and the plan."""
+    """Stack chunk-major samples into a list of `tbptt` chunks with the stream keys and the plan.
+
+    `constants` go into every chunk as they are.
+    """
     rows = len(samples) // tbptt
-    return [_collate_chunk(samples[j * rows : (j + 1) * rows]) for j in range(tbptt)]
+    parts = (samples[j * rows : (j + 1) * rows] for j in range(tbptt))
+    return [{**_collate_chunk(part), **(constants or {})} for part in parts]
 
 
 def _collate_chunk(samples: Sequence[tuple[ChunkRequest, dict[str, Tensor]]]) -> Chunk:
@@ -73,6 +79,7 @@ class StreamLoader:
     Args:
         dataset: source of chunks.
         sampler: their order.
+        constants: plain values that every chunk carries beside its tensors.
         num_workers: processes that read ahead; what they read does not change with their number.
         pin_memory: page-locked batches, for faster copies to a GPU.
     """
@@ -82,6 +89,7 @@ class StreamLoader:
         dataset: ChunkDataset,
         sampler: StreamBatchSampler,
         *,
+        constants: Mapping[str, Any] | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
@@ -92,7 +100,7 @@ class StreamLoader:
         self._loader = DataLoader(
             _Tagged(dataset),  # type: ignore[arg-type]  # a map-style dataset keyed by requests
             batch_sampler=sampler,  # type: ignore[arg-type]
-            collate_fn=partial(collate_chunks, tbptt=sampler.tbptt),
+            collate_fn=partial(collate_chunks, tbptt=sampler.tbptt, constants=constants),
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,

@@ -100,6 +100,7 @@ class RecallDataModule(StreamDataModule):
             "chunk_length": self.chunk_length,
             "tbptt": self.tbptt,
             "mode": "stream",
+            "packing_alignment": 1,
             "tokenizer": self.probe.kind,
         }
 

@@ -64,53 +64,75 @@ class PackedDocuments:
     `labels`, `mask` (as `DocumentStreams`) and `document_ids [T]` int64, which no two rows share;
     documents of a row see nothing of each other if the model respects them.
 
+    With an `alignment` every document begins at a multiple of it in its row, so that no block of
+    so many places holds two of them; the places between are padding, with the id of the document
+    before.
+
     Args:
         store: the tokens.
         documents: numbers of the documents to use, of at least two tokens each.
-        chunk_length: places per row (T).
-        pad_id: token that fills up the last row.
+        chunk_length: places per row (T), a multiple of the alignment.
+        pad_id: token that fills up the last row, and what is between aligned documents.
+        alignment: documents begin at multiples of it.
     """
 
     def __init__(
-        self, store: TokenStore, documents: np.ndarray, chunk_length: int, pad_id: int
+        self,
+        store: TokenStore,
+        documents: np.ndarray,
+        chunk_length: int,
+        pad_id: int,
+        alignment: int = 1,
     ) -> None:
         self.store = store
         self.chunk_length = chunk_length
         self.pad_id = pad_id
         places = store.lengths[documents] - 1
-        ends = np.cumsum(places)
-        starts = ends - places
-        self.num_labels = int(ends[-1])
-        self.lengths: Sequence[int] = [1] * -(-self.num_labels // chunk_length)
+        aligned = -(-places // alignment) * alignment
+        starts = np.cumsum(aligned) - aligned
+        self.num_labels = int(places.sum())
+        self.lengths: Sequence[int] = [1] * -(-int(starts[-1] + places[-1]) // chunk_length)
         rows = np.arange(len(self.lengths)) * chunk_length
-        # Where a document or a row begins, another id does.
+        # Where a document or a row begins, another id does; padding begins none.
         self._begins = np.union1d(starts, rows)
         self._starts = starts
+        self._ends = starts + places
         self._shifts = store.offsets[documents] - starts
 
     def __getitem__(self, request: ChunkRequest) -> dict[str, Tensor]:
         """The row that the sampler asks for."""
         first = max(0, request.file) * self.chunk_length
-        end = first if request.idle else min(first + self.chunk_length, self.num_labels)
         places = np.arange(first, first + self.chunk_length)
-        real = places[: end - first]
-        positions = real + self._shifts[np.searchsorted(self._starts, real, side="right") - 1]
+        document = np.searchsorted(self._starts, places, side="right") - 1
+        real = np.flatnonzero(places < (first if request.idle else self._ends[document]))
+        positions = places[real] + self._shifts[document[real]]
         tokens = self.store.tokens
-        sample = padded(tokens[positions], tokens[positions + 1], self.chunk_length, self.pad_id)
-        # Padding stands behind the last document and has its id, so that it begins none.
+        sample = padded(
+            tokens[positions], tokens[positions + 1], self.chunk_length, self.pad_id, real
+        )
         ids = np.searchsorted(self._begins, places, side="right") - 1
         sample["document_ids"] = torch.from_numpy(ids)
         return sample
 
 
-def padded(inputs: np.ndarray, labels: np.ndarray, length: int, pad_id: int) -> dict[str, Tensor]:
-    """Inputs and labels `[n]`, filled up to `length`, as int64, with their mask."""
+def padded(
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    length: int,
+    pad_id: int,
+    places: np.ndarray | None = None,
+) -> dict[str, Tensor]:
+    """Inputs and labels `[n]` filled up to `length`, as int64, with their mask.
+
+    They stand at `places [n]` (int64), or at the beginning.
+    """
     input_ids = np.full(length, pad_id, dtype=np.int64)
     targets = np.full(length, NO_LABEL, dtype=np.int64)
-    input_ids[: len(inputs)] = inputs
-    targets[: len(labels)] = labels
+    mask = np.zeros(length, dtype=np.bool_)
+    where = slice(len(inputs)) if places is None else places
+    input_ids[where], targets[where], mask[where] = inputs, labels, True
     return {
         "input_ids": torch.from_numpy(input_ids),
         "labels": torch.from_numpy(targets),
-        "mask": torch.arange(length) < len(inputs),
+        "mask": torch.from_numpy(mask),
     }

@@ -37,6 +37,9 @@ class TextStreamDataModule(StreamDataModule):
         mode: `stream` reads every document chunk after chunk, so that a model can learn to
             remember; `packed` fills rows with whole documents one behind the other, told apart by
             `document_ids`, and a document that does not fit goes on in the next row as another.
+        packing_alignment: of `packed`, documents begin at multiples of it in their row, with
+            padding between them: the block size of a router or of block-sparse attention, so that
+            no block holds two documents. It is in every chunk as `document_alignment`.
         min_tokens: documents with fewer tokens are left out.
         val_fraction: share of the documents used for validation.
         cache: folder for tokenised documents, relative to the working directory; reused while
@@ -51,6 +54,7 @@ class TextStreamDataModule(StreamDataModule):
         *,
         chunk_length: int = 1024,
         mode: Literal["stream", "packed"] = "stream",
+        packing_alignment: int = 1,
         min_tokens: int = 2,
         val_fraction: float = 0.1,
         cache: str = "data",
@@ -61,6 +65,7 @@ class TextStreamDataModule(StreamDataModule):
         self.tokenizer_config = tokenizer or TokenizerConfig()
         self.chunk_length = chunk_length
         self.mode = mode
+        self.packing_alignment = packing_alignment
         self.min_tokens = min_tokens
         self.val_fraction = val_fraction
         self.cache = cache
@@ -75,6 +80,22 @@ class TextStreamDataModule(StreamDataModule):
         if mode == "packed" and self.tbptt != 1:
             raise ValueError(
                 f"tbptt={self.tbptt} needs files of several chunks; use mode: stream, or tbptt: 1"
+            )
+        self._check_alignment()
+
+    def _check_alignment(self) -> None:
+        alignment = self.packing_alignment
+        if alignment < 1:
+            raise ValueError(f"packing_alignment={alignment} must be at least 1, which is none")
+        if alignment > 1 and self.mode != "packed":
+            raise ValueError(
+                f"packing_alignment={alignment} is of mode: packed, but mode is {self.mode}; leave "
+                "one of them out"
+            )
+        if self.chunk_length % alignment:
+            raise ValueError(
+                f"chunk_length={self.chunk_length} must be a multiple of packing_alignment="
+                f"{alignment}: choose {-(-self.chunk_length // alignment) * alignment}"
             )
 
     @cached_property
@@ -141,7 +162,7 @@ class TextStreamDataModule(StreamDataModule):
 
         `vocab_size` (special tokens included), `bos_id`, `eos_id` (None where the tokenizer has
         none), `pad_id` (a token that exists; masked wherever it stands), `chunk_length`, `tbptt`,
-        `mode` and `tokenizer` (its kind, or the name of a pretrained one).
+        `mode`, `packing_alignment` and `tokenizer` (its kind, or the name of a pretrained one).
         """
         tokenizer = self.tokenizer
         return {
@@ -152,6 +173,7 @@ class TextStreamDataModule(StreamDataModule):
             "chunk_length": self.chunk_length,
             "tbptt": self.tbptt,
             "mode": self.mode,
+            "packing_alignment": self.packing_alignment,
             "tokenizer": self.tokenizer_config.name or self.tokenizer_config.kind,
         }
 
@@ -175,6 +197,12 @@ class TextStreamDataModule(StreamDataModule):
             "val_documents": len(validation),
         }
 
+    @property
+    def constants(self) -> dict[str, Any]:
+        """`document_alignment` of packed rows: documents begin at multiples of it."""
+        packed = self.mode == "packed"
+        return {"document_alignment": self.packing_alignment} if packed else {}
+
     def setup(self, stage: str) -> None:
         """Open the tokens, so that what is wrong with them shows before the first step."""
         self.build_dataset("train")
@@ -183,8 +211,10 @@ class TextStreamDataModule(StreamDataModule):
         """Training documents for `train`, validation documents for every other stage."""
         training, validation = self._split
         documents = training if stage == "train" else validation
-        kind = DocumentStreams if self.mode == "stream" else PackedDocuments
-        return kind(self.store, documents, self.chunk_length, self.tokenizer.pad_id)
+        common = (self.store, documents, self.chunk_length, self.tokenizer.pad_id)
+        if self.mode == "stream":
+            return DocumentStreams(*common)
+        return PackedDocuments(*common, self.packing_alignment)
 
     def val_dataloader(self) -> StreamLoader | list[Any]:  # type: ignore[override]
         """Validation documents in order; an empty list (nothing to do) with `val_fraction: 0`."""

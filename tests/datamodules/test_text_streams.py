@@ -273,6 +273,10 @@ def test_skipped_files_are_reported_in_every_run_and_strict_refuses_them(folder:
         ({"chunk_length": 0}, "chunk_length=0"),
         ({"min_tokens": 1}, "min_tokens=1 must be at least 2"),
         ({"mode": "packed", "tbptt": 2}, "use mode: stream, or tbptt: 1"),
+        ({"packing_alignment": 2}, "packing_alignment=2 is of mode: packed, but mode is stream"),
+        ({"mode": "packed", "packing_alignment": 0}, "packing_alignment=0 must be at least 1"),
+        ({"mode": "packed", "packing_alignment": 3}, "chunk_length=16 must be .*=3: choose 18"),
+        ({"mode": "packed", "packing_alignment": 32}, "chunk_length=16 must be .*=32: choose 32"),
         ({"val_fraction": 1.0}, "val_fraction=1.0"),
         ({"val_fraction": 0.999}, "leaves none of the 14 documents"),
     ],
@@ -288,7 +292,7 @@ def test_features_and_provenance_describe_the_data(
     data = make_data(folder, tokenizer=BPE)
     assert data.features == {
         "vocab_size": 280, "bos_id": 0, "eos_id": 1, "pad_id": 2, "chunk_length": 16, "tbptt": 1,
-        "mode": "stream", "tokenizer": "bpe",
+        "mode": "stream", "packing_alignment": 1, "tokenizer": "bpe",
     }  # fmt: skip
     assert make_data(folder).features["vocab_size"] == 259
     facts = data.provenance
