@@ -39,7 +39,8 @@ class TextStreamDataModule(StreamDataModule):
             `document_ids`, and a document that does not fit goes on in the next row as another.
         packing_alignment: of `packed`, documents begin at multiples of it in their row, with
             padding between them: the block size of a router or of block-sparse attention, so that
-            no block holds two documents. It is in every chunk as `document_alignment`.
+            no block holds two documents. It is in every chunk as `document_alignment`. None takes
+            what the model asks for (`align_documents`), or 1.
         min_tokens: documents with fewer tokens are left out.
         val_fraction: share of the documents used for validation.
         cache: folder for tokenised documents, relative to the working directory; reused while
@@ -54,7 +55,7 @@ class TextStreamDataModule(StreamDataModule):
         *,
         chunk_length: int = 1024,
         mode: Literal["stream", "packed"] = "stream",
-        packing_alignment: int = 1,
+        packing_alignment: int | None = None,
         min_tokens: int = 2,
         val_fraction: float = 0.1,
         cache: str = "data",
@@ -66,6 +67,7 @@ class TextStreamDataModule(StreamDataModule):
         self.chunk_length = chunk_length
         self.mode = mode
         self.packing_alignment = packing_alignment
+        self._asked_alignment = 1
         self.min_tokens = min_tokens
         self.val_fraction = val_fraction
         self.cache = cache
@@ -83,8 +85,21 @@ class TextStreamDataModule(StreamDataModule):
             )
         self._check_alignment()
 
+    @property
+    def alignment(self) -> int:
+        """Documents begin at multiples of it in their row."""
+        return self._asked_alignment if self.packing_alignment is None else self.packing_alignment
+
+    def align_documents(self, block_size: int) -> None:
+        """Let packed documents begin with a block, unless the options say otherwise.
+
+        Rows that blocks of this size do not fill stay as they are.
+        """
+        if self.mode == "packed" and self.chunk_length % block_size == 0:
+            self._asked_alignment = block_size
+
     def _check_alignment(self) -> None:
-        alignment = self.packing_alignment
+        alignment = self.alignment
         if alignment < 1:
             raise ValueError(f"packing_alignment={alignment} must be at least 1, which is none")
         if alignment > 1 and self.mode != "packed":
@@ -173,7 +188,7 @@ class TextStreamDataModule(StreamDataModule):
             "chunk_length": self.chunk_length,
             "tbptt": self.tbptt,
             "mode": self.mode,
-            "packing_alignment": self.packing_alignment,
+            "packing_alignment": self.alignment,
             "tokenizer": self.tokenizer_config.name or self.tokenizer_config.kind,
         }
 
@@ -201,7 +216,7 @@ class TextStreamDataModule(StreamDataModule):
     def constants(self) -> dict[str, Any]:
         """`document_alignment` of packed rows: documents begin at multiples of it."""
         packed = self.mode == "packed"
-        return {"document_alignment": self.packing_alignment} if packed else {}
+        return {"document_alignment": self.alignment} if packed else {}
 
     def setup(self, stage: str) -> None:
         """Open the tokens, so that what is wrong with them shows before the first step."""
@@ -214,7 +229,7 @@ class TextStreamDataModule(StreamDataModule):
         common = (self.store, documents, self.chunk_length, self.tokenizer.pad_id)
         if self.mode == "stream":
             return DocumentStreams(*common)
-        return PackedDocuments(*common, self.packing_alignment)
+        return PackedDocuments(*common, self.alignment)
 
     def val_dataloader(self) -> StreamLoader | list[Any]:  # type: ignore[override]
         """Validation documents in order; an empty list (nothing to do) with `val_fraction: 0`."""

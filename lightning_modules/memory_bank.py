@@ -127,11 +127,16 @@ class MemoryBankModule(LanguageModule):
                 "none: use ChatDataModule, or the strategy block"
             )
 
-    def build_for(self, datamodule: Any) -> None:
-        """Let documents begin with a block of the router, and create the model."""
-        if self._strategy == "block" and getattr(datamodule, "packing_alignment", 1) is None:
-            datamodule.packing_alignment = self._router.block_size
-        super().build_for(datamodule)
+    def configure_model(self) -> None:
+        """Let packed documents begin with a block of the router, and build the model.
+
+        They do so in every arm, so that all of them read the same rows.
+        """
+        datamodule = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+        router = self.memory.memory.router
+        if hasattr(datamodule, "align_documents") and router and router.strategy == "block":
+            datamodule.align_documents(router.block_size)
+        super().configure_model()
 
     def build_model(self, features: Mapping[str, Any]) -> PreTrainedModel:
         """The base, with what the arm adds."""

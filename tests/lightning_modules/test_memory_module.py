@@ -56,8 +56,10 @@ def test_an_arm_trains_what_it_adds_and_starts_as_the_base(
     name = save_pretrained(tmp_path)
     vanilla = adapted(tmp_path, "vanilla", name=name)
     first, trainer = adapted(tmp_path, arm, name=name), make_trainer(tmp_path, 1)
-    expected = make_trainer(tmp_path, 1, limit_val_batches=1.0).validate(vanilla, data, False)
-    logged = make_trainer(tmp_path, 1, limit_val_batches=1.0).validate(first, data, False)
+    expected = make_trainer(tmp_path, 1, limit_val_batches=1.0).validate(
+        vanilla, data, verbose=False
+    )
+    logged = make_trainer(tmp_path, 1, limit_val_batches=1.0).validate(first, data, verbose=False)
     assert logged[0]["val/loss"] == expected[0]["val/loss"]
     module = adapted(tmp_path, arm, name=name)
     trainer = make_trainer(tmp_path, 3)
@@ -139,13 +141,17 @@ def test_validation_of_non_causal_routing_also_reads_prefixes(tmp_path: Path) ->
 
 
 def test_documents_begin_with_a_block_unless_the_data_says_otherwise(tmp_path: Path) -> None:
-    for given, expected in ((None, BLOCK), (1, 1)):
-        data, module = make_data(tmp_path, mode="packed", packing_alignment=given), make_module()
-        make_trainer(tmp_path, 1).fit(module, data)
-        assert data.packing_alignment == expected
-    data = make_data(tmp_path, mode="packed", packing_alignment=None)
-    make_trainer(tmp_path, 1).fit(make_module("token"), data)
-    assert data.packing_alignment is None
+    for options, strategy, expected in (
+        ({}, "block", BLOCK),
+        ({"packing_alignment": 1}, "block", 1),
+        ({}, "token", 1),
+        ({"chunk_length": 18}, "block", 1),  # which blocks do not fill
+    ):
+        data = make_data(tmp_path, mode="packed", **options)
+        make_trainer(tmp_path, 1).fit(make_module(strategy), data)
+        assert data.alignment == expected
+        (chunk,) = next(iter(data.train_dataloader()))
+        assert chunk["document_alignment"] == expected
 
 
 def test_wrong_combinations_name_the_fix(tmp_path: Path) -> None:
