@@ -9,6 +9,7 @@ from typing import Any
 
 _HOMES = {
     "ActionChunkDataModule": "datamodules.action_chunks",
+    "ChatDataModule": "datamodules.chat",
     "RecallDataModule": "datamodules.recall",
     "RecordedSimulation": "datamodules.action_chunks",
     "StreamDataModule": "datamodules.base",
@@ -17,6 +18,7 @@ _HOMES = {
 
 __all__ = [
     "ActionChunkDataModule",
+    "ChatDataModule",
     "RecallDataModule",
     "RecordedSimulation",
     "StreamDataModule",

@@ -28,7 +28,8 @@ class DatasetCorpus:
     def __init__(self, source: TextSource) -> None:
         self.strict = source.strict
         self.column = source.column
-        rows = _load(source)
+        assert source.path is not None
+        rows = load_rows(source.path, source.subset, source.split)
         if source.column not in rows.column_names:
             raise ValueError(
                 f"{source.path} has no column {source.column!r}; it has "
@@ -65,32 +66,40 @@ class DatasetCorpus:
         return Skipped(name, reason)
 
 
-def _load(source: TextSource) -> Any:
-    """The wanted split of a saved dataset, of data files, or of a dataset on the hub."""
+def load_rows(name: str, subset: str | None, split: str) -> Any:
+    """The wanted split of a saved dataset, of data files, or of a dataset on the hub.
+
+    Args:
+        name: a folder of `save_to_disk`, a data file or glob, or a name on the hub.
+        subset: configuration of a dataset on the hub.
+        split: which part.
+
+    Raises:
+        ImportError: `datasets` is not installed.
+        FileNotFoundError: there is no such dataset.
+        ValueError: it has no such split.
+    """
     try:
         import datasets
     except ImportError as error:
         raise ImportError("kind: datasets needs the package: pip install datasets") from error
-    assert source.path is not None
-    path = Path(source.path).expanduser()
+    path = Path(name).expanduser()
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         loaded = datasets.load_from_disk(str(path))
         if isinstance(loaded, datasets.Dataset):
             return loaded
-        if source.split not in loaded:
-            raise ValueError(
-                f"{source.path} has no split {source.split!r} but {', '.join(loaded)}: set split"
-            )
-        return loaded[source.split]
+        if split not in loaded:
+            raise ValueError(f"{name} has no split {split!r} but {', '.join(loaded)}: set split")
+        return loaded[split]
     if path.suffix in LOADERS:
         files = sorted(glob(str(path), recursive=True))
         if not files:
-            raise FileNotFoundError(f"{source.path} does not exist; name data files or a dataset")
+            raise FileNotFoundError(f"{name} does not exist; name data files or a dataset")
         return datasets.load_dataset(LOADERS[path.suffix], data_files=files, split="train")
     try:
-        return datasets.load_dataset(source.path, source.subset, split=source.split)
+        return datasets.load_dataset(name, subset, split=split)
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"no dataset {source.path!r}, neither here nor on the hub: name a folder of "
+            f"no dataset {name!r}, neither here nor on the hub: name a folder of "
             "save_to_disk, a .json, .jsonl, .csv or .parquet file, or a dataset on the hub"
         ) from error

@@ -273,8 +273,8 @@ def _without_aliases(files: dict[str, Path]) -> dict[str, Path]:
     return {name: files[name] for name in sorted(kept.values())}
 
 
-def describe_skips(skipped: Sequence[Skipped], total: int) -> str:
-    """One sentence with the number of skipped documents and the first few of them."""
+def describe_skips(skipped: Sequence[Skipped], total: int, items: str = "documents") -> str:
+    """One sentence with the number of skipped documents (or other items) and the first few."""
     first = ", ".join(f"{skip.name} ({skip.reason})" for skip in skipped[:3])
     more = ", ..." if len(skipped) > 3 else ""
-    return f"{len(skipped)} of {total} documents were skipped: {first}{more}"
+    return f"{len(skipped)} of {total} {items} were skipped: {first}{more}"

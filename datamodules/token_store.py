@@ -123,7 +123,7 @@ def tokenise(path: Path, corpus: Corpus, config: TokenizerConfig, val_fraction: 
             raise RuntimeError("documents changed while they were read; run again")
         if config.kind != "bytes":
             tokenizer.save(target.folder / TOKENIZER)
-        _write_json(target.folder / META, {**meta, "vocab_size": tokenizer.vocab_size})
+        write_json(target.folder / META, {**meta, "vocab_size": tokenizer.vocab_size})
     print(
         f"tokenised {meta['documents']} documents in {time.perf_counter() - started:.1f} s: {path}"
     )
@@ -199,7 +199,7 @@ def _write_documents(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> dict
         )
     np.save(folder / OFFSETS, np.concatenate([[0], np.cumsum(writer.lengths)]).astype(np.int64))
     np.save(folder / PLACES, np.asarray(places))
-    _write_json(folder / NAMES, names)
+    write_json(folder / NAMES, names)
     return {
         "documents": len(names),
         "bytes": size,
@@ -212,5 +212,6 @@ def _write_documents(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> dict
     }
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Write plain values as JSON."""
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
