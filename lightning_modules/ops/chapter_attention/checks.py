@@ -1,5 +1,6 @@
 """Argument checks of chapter attention: shapes and options, never values."""
 
+import torch
 from torch import Tensor
 
 from lightning_modules.ops.checks import check_shape
@@ -90,10 +91,8 @@ def _check_chapters(
     block_size: int,
     shared: int,
 ) -> None:
-    if chapters.is_floating_point() or chapters.dtype.itemsize < 4:
-        raise ValueError(
-            f"chapters must be int64 or int32, but are {chapters.dtype}: pass chapters.long()"
-        )
+    if chapters.dtype != torch.int64:
+        raise ValueError(f"chapters must be int64, but are {chapters.dtype}: pass chapters.long()")
     blocks = -(-q.shape[1] // block_size)
     if chapters.dim() != 3 or chapters.shape[2] == 0:
         raise ValueError(

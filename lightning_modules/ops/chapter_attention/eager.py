@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from lightning_modules.ops.chapter_attention.reading import ReadTiles
 from lightning_modules.ops.chapter_attention.tiles import (
@@ -16,6 +16,9 @@ from lightning_modules.ops.chapter_attention.tiles import (
 
 MIN_BLOCK = 16
 """Blocks of fewer tokens share what they gather among too few, and are read token by token."""
+
+COMMON_WIDTH = 128
+"""Tokens that gather shared chapters together, where they are not among the chosen ones."""
 
 
 def eager_chapter_attention(
@@ -35,30 +38,35 @@ def eager_chapter_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Chapter attention by matrix products; arguments and results of `ops.chapter_attention`.
 
-    A block of tokens that reads the same chapters gathers their rows once. Tokens that choose each
-    on their own are sorted by chapter, so that those in a chapter share its rows; only a few
-    (decoding) gather rows for themselves. Chapters that all tokens read are not gathered for each
-    of them. How a row of the batch is computed does not depend on the others.
+    Tokens of a block gather the rows that they read once, and together. Tokens that choose each on
+    their own are sorted by chapter, so that those in a chapter share its rows; only if they are few
+    (decoding) does each gather for itself. How a row of the batch is computed does not depend on
+    the other rows.
     """
     dtype, device = _product_dtype(q, mem_k, mem_v), q.device.type
     options = (q.shape[-1] ** -0.5 if scale is None else scale, dropout)
     with torch.autocast("cpu" if device == "meta" else device, enabled=False):
-        tokens, k, v = (x.to(dtype) for x in (q.flatten(0, 1), mem_k, mem_v))
-        if chapters is None and not return_lse:
-            return _read_all(tokens, k, v, *options).to(q.dtype).view_as(q)
+        tokens, k, v = q.flatten(0, 1).to(dtype), mem_k.to(dtype), mem_v.to(dtype)
+
+        def read(tiles: Tiles, weights: Tensor | None, mixture: bool) -> tuple[Tensor, Tensor]:
+            return ReadTiles.apply(tokens, k, v, weights, *tiles, *options, mixture)
+
         if chapters is None:
-            o, lse = ReadTiles.apply(
-                tokens, k, v, None, *_common_tiles(tokens, len(k), separate=False), *options, False
-            )
+            if not return_lse:
+                return _read_all(tokens, k, v, *options).to(q.dtype).view_as(q)
+            o, lse = read(_common_tiles(q, len(k), batch=1, width=len(tokens)), None, False)
         else:
-            mixture = mixing == "mixture"
-            tiles = _tiles(q, mem_k, chapters, block_size, mixture)
-            weights = _weights(q, tiles, log_weights, block_size)
-            o, lse = ReadTiles.apply(tokens, k, v, weights, *tiles, *options, mixture)
-            if shared > 0:
-                separate = mixture and shared_mode == "per_chapter"
-                common = _common_tiles(tokens, shared, separate)
-                more = ReadTiles.apply(tokens, k, v, None, *common, *options, separate)
+            mixture, weights = mixing == "mixture", _weights(q, chapters, log_weights)
+            sort = _is_sorted(q, mem_k, chapters, block_size)
+            if shared and not mixture and not sort:  # one softmax, and one gather
+                chapters, weights, shared = _with_shared(chapters, weights, shared)
+            tiles = _tiles(q, mem_k, chapters, block_size, sort, separate=mixture)
+            weights = _by_token(weights, q.shape[1], block_size)
+            o, lse = read(tiles, weights.reshape(*tiles.slots.shape, -1), mixture)
+            if shared:
+                each = mixture and shared_mode == "per_chapter"
+                common = _common_tiles(q, shared, len(q), COMMON_WIDTH, separate=each)
+                more = read(common, None, each)
                 o, lse = (o + more[0], lse) if mixture else _merge(o, lse, *more)
     o = o.to(q.dtype).view_as(q)
     return (o, lse.view(q.shape[:3])) if return_lse else o
@@ -73,25 +81,44 @@ def _product_dtype(q: Tensor, mem_k: Tensor, mem_v: Tensor) -> torch.dtype:
     return dtype
 
 
-def _tiles(q: Tensor, mem_k: Tensor, chapters: Tensor, block_size: int, mixture: bool) -> Tiles:
-    """By block where the tokens of one are many, or there are too few choices to sort."""
+def _is_sorted(q: Tensor, mem_k: Tensor, chapters: Tensor, block_size: int) -> bool:
+    """Whether gathering for each block would be more than sorting its choices by chapter."""
+    return min(block_size, q.shape[1]) < MIN_BLOCK and chapters[0].numel() > len(mem_k)
+
+
+def _tiles(
+    q: Tensor, mem_k: Tensor, chapters: Tensor, block_size: int, sort: bool, separate: bool
+) -> Tiles:
     (_, time, heads, size), (num_chapters, rows, kv_heads, _) = q.shape, mem_k.shape
-    choices = chapters.shape[-1]
-    if min(block_size, time) >= MIN_BLOCK or chapters.shape[1] * choices <= num_chapters:
-        return block_tiles(chapters, time, block_size, separate=mixture)
+    if not sort:
+        return block_tiles(chapters, time, block_size, separate)
     # The width is chosen by the pairs of one row: more rows must not change how each is computed.
-    width = tile_width(time * choices, (heads, size), (num_chapters, rows, kv_heads))
-    by_token = _by_token(chapters, time, block_size).flatten(0, 1)
-    return sorted_tiles(by_token, num_chapters, width)
+    pairs = time * chapters.shape[-1]
+    width = tile_width(pairs, (heads, size), (num_chapters, rows, kv_heads))
+    return sorted_tiles(_by_token(chapters, time, block_size).flatten(0, 1), num_chapters, width)
 
 
-def _weights(q: Tensor, tiles: Tiles, log_weights: Tensor | None, block_size: int) -> Tensor | None:
-    """Logarithms of the weights in at least float32, `[tokens, J, K]`."""
+def _common_tiles(
+    q: Tensor, count: int, batch: int, width: int, *, separate: bool = False
+) -> Tiles:
+    """Tiles of so many tokens, in a batch of so many rows, that all read the first chapters."""
+    time = q[..., 0, 0].numel() // batch
+    chapters = torch.arange(count, device=q.device).expand(batch, -(-time // width), -1)
+    return block_tiles(chapters, time, width, separate)
+
+
+def _weights(q: Tensor, chapters: Tensor, log_weights: Tensor | None) -> Tensor:
+    """Logarithms of the weights in at least float32."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
     if log_weights is None:
-        return None
-    log_weights = log_weights.to(torch.promote_types(q.dtype, torch.float32))
-    by_token = _by_token(log_weights, q.shape[1], block_size)
-    return by_token.reshape(*tiles.slots.shape, tiles.chapters.shape[1])
+        return torch.zeros(chapters.shape, dtype=dtype, device=q.device)
+    return log_weights.to(dtype)
+
+
+def _with_shared(chapters: Tensor, weights: Tensor, shared: int) -> tuple[Tensor, Tensor, int]:
+    """Shared chapters as chosen ones of weight 1, and none that are left."""
+    common = torch.arange(shared, device=chapters.device).expand(*chapters.shape[:2], -1)
+    return torch.cat([common, chapters], dim=-1), pad(weights, (shared, 0)), 0
 
 
 def _by_token(x: Tensor, time: int, block_size: int) -> Tensor:
@@ -100,14 +127,8 @@ def _by_token(x: Tensor, time: int, block_size: int) -> Tensor:
     return x.unsqueeze(2).expand(-1, -1, size, -1).flatten(1, 2)[:, :time]
 
 
-def _common_tiles(tokens: Tensor, count: int, separate: bool) -> Tiles:
-    """The first chapters, read by all tokens."""
-    chapters = torch.arange(count, device=tokens.device).view(1, 1, -1)
-    return block_tiles(chapters, len(tokens), len(tokens), separate)
-
-
 def _merge(o: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """One softmax of two: each output counts as much as its rows' weights did together."""
+    """One softmax of two: each output counts as much as the weights of its rows together."""
     total = torch.logaddexp(lse, other_lse)
     share = (other_lse - total).exp().unsqueeze(-1)
     return torch.lerp(o.to(share.dtype), other.to(share.dtype), share).to(o.dtype), total

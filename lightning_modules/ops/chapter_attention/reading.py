@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -9,6 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_modules.ops.chapter_attention.tiles import Tiles, index_by_head, rows_by_head
+
+LOGITS_AT_ONCE = {"cpu": 1 << 18, "others": 1 << 27}
+"""Logits of the tiles in one matrix product: they stay in the cache of a core (half to two thirds
+of the time that all at once take), or in a bounded part of a GPU's memory."""
 
 
 class ReadTiles(torch.autograd.Function):
@@ -46,15 +51,19 @@ class ReadTiles(torch.autograd.Function):
         mixture: bool,
     ) -> tuple[Tensor, Tensor]:
         tiles, kv_heads = Tiles(chapters, parts, slots, filled), mem_k.shape[2]
-        s = _logits(tiles, _to_tiles(tiles, q, kv_heads), _rows(mem_k, chapters), scale)
-        s = _with_bias(s, tiles, log_weights, kv_heads)
-        p = s.softmax(-1)
-        # p is 1 / sum exp(s - max) where s is largest: logsumexp would exponentiate again.
-        lse = _from_tiles(tiles, s.amax(-1, True) - p.amax(-1, True).log(), kv_heads).squeeze(-1)
-        keep = torch.rand_like(p) >= dropout if dropout else None
-        if keep is not None:
-            p = p * keep / (1 - dropout)
-        o = _from_tiles(tiles, p.to(q.dtype) @ _rows(mem_v, chapters), kv_heads)
+        kept, outputs, logsumexps = [], [], []
+        for some in tiles.split(_tiles_at_once(tiles, q, mem_k)):
+            s = _logits(some, _to_tiles(some, q, kv_heads), _rows(mem_k, some.chapters), scale)
+            s = _with_bias(s, some, log_weights, kv_heads)
+            p = s.softmax(-1)
+            # p is 1 / sum exp(s - max) where s is largest: logsumexp would exponentiate again.
+            logsumexps.append(s.amax(-1, True) - p.amax(-1, True).log())
+            if dropout > 0:
+                kept.append(torch.rand_like(p) >= dropout)
+                p = p * kept[-1] / (1 - dropout)
+            outputs.append(p.to(q.dtype) @ _rows(mem_v, some.chapters))
+        o = _from_tiles(tiles, torch.cat(outputs), kv_heads)
+        lse = _from_tiles(tiles, torch.cat(logsumexps), kv_heads).squeeze(-1)
         if mixture:
             o = _weighted_sum(o, None if log_weights is None else log_weights.exp())
             ctx.mark_non_differentiable(lse)
@@ -64,42 +73,48 @@ class ReadTiles(torch.autograd.Function):
             lse = lse_by_part.logsumexp(1)
             single = o.shape[1] == 1
             o = _weighted_sum(o, None if single else (lse_by_part - lse.unsqueeze(1)).exp())
-        ctx.save_for_backward(q, mem_k, mem_v, log_weights, *tiles, o, lse, keep)
+        ctx.save_for_backward(q, mem_k, mem_v, log_weights, *tiles, o, lse, *kept)
         ctx.options = (scale, dropout, mixture)
         return o, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        q, mem_k, mem_v, log_weights, *layout, o, lse, keep = ctx.saved_tensors
+        q, mem_k, mem_v, log_weights, *rest = ctx.saved_tensors
         scale, dropout, mixture = ctx.options
-        tiles, kv_heads = Tiles(*layout), mem_k.shape[2]
-        queries, keys = _to_tiles(tiles, q, kv_heads), _rows(mem_k, tiles.chapters)
-        do = _to_tiles(tiles, grad_o, kv_heads)
-        p = _with_bias(_logits(tiles, queries, keys, scale), tiles, log_weights, kv_heads)
-        p = p.sub_(_norm(tiles, lse, log_weights, mixture, kv_heads)).exp_()
-        if mixture and log_weights is not None:
-            weights = log_weights.exp().expand(-1, -1, q.shape[1]).unsqueeze(-1)
-            do = (do * _to_tiles(tiles, weights, kv_heads)).to(do.dtype)
-        da = (do @ _rows(mem_v, tiles.chapters).mT).to(p.dtype)
-        read = p
-        if keep is not None:
-            factor = keep / (1 - dropout)
-            da, read = da * factor, p * factor
-        grad_v = _add_rows(read.to(q.dtype).mT @ do, mem_v, tiles.chapters)
-        if mixture:
-            delta = (p * da).sum(-1, keepdim=True)
-            da = da.sub_(delta).mul_(p)
-        else:
-            delta = (grad_o * o).sum(-1, dtype=lse.dtype) - grad_lse
-            da = da.sub_(_to_tiles(tiles, delta.unsqueeze(-1), kv_heads)).mul_(p)
-        grad_log = None
-        if log_weights is not None:
-            grad_log = _sum_by_part(delta if mixture else da, tiles, kv_heads)
-        da = da.mul_(scale).to(q.dtype)
-        grad_q = _from_tiles(tiles, da @ keys, kv_heads).sum(1)
-        grad_k = _add_rows(da.mT @ queries, mem_k, tiles.chapters)
-        return grad_q, grad_k, grad_v, grad_log, *[None] * 7
+        tiles, (o, lse, *kept) = Tiles(*rest[:4]), rest[4:]
+        kv_heads, found = mem_k.shape[2], []
+        norm, delta = _norm(tiles, lse, log_weights, mixture), None
+        if not mixture:
+            delta = ((grad_o * o).sum(-1, dtype=lse.dtype) - grad_lse).unsqueeze(-1)
+        for some, keep in zip_longest(tiles.split(_tiles_at_once(tiles, q, mem_k)), kept):
+            queries, keys = _to_tiles(some, q, kv_heads), _rows(mem_k, some.chapters)
+            do = _grad_to_tiles(some, grad_o, log_weights if mixture else None, kv_heads)
+            p = _with_bias(_logits(some, queries, keys, scale), some, log_weights, kv_heads)
+            p = p.sub_(_without_empty(some, _to_tiles(some, norm, kv_heads), kv_heads)).exp_()
+            da = (do @ _rows(mem_v, some.chapters).mT).to(p.dtype)
+            read = p
+            if keep is not None:
+                da, read = (x * keep / (1 - dropout) for x in (da, p))
+            dv = read.to(q.dtype).mT @ do
+            d = (p * da).sum(-1, True) if delta is None else _to_tiles(some, delta, kv_heads)
+            da = da.sub_(d).mul_(p)
+            dlog = _sum_by_slot(d if mixture else da, some, kv_heads)
+            da = da.mul_(scale).to(q.dtype)
+            found.append((da @ keys, da.mT @ queries, dv, dlog))
+        dq, dk, dv, dlog = (torch.cat(x) for x in zip(*found, strict=True))
+        return (
+            _from_tiles(tiles, dq, kv_heads).sum(1),
+            _add_rows(dk, mem_k, tiles.chapters),
+            _add_rows(dv, mem_v, tiles.chapters),
+            None if log_weights is None else tiles.collect(dlog.unsqueeze(1)).squeeze(2),
+            *[None] * 7,
+        )
+
+
+def _tiles_at_once(tiles: Tiles, q: Tensor, mem_k: Tensor) -> int:
+    logits = tiles.parts.shape[1] * tiles.chapters.shape[1] * q.shape[1] * mem_k.shape[1]
+    return max(1, LOGITS_AT_ONCE["cpu" if q.device.type == "cpu" else "others"] // logits)
 
 
 def _to_tiles(tiles: Tiles, x: Tensor, kv_heads: int) -> Tensor:
@@ -114,6 +129,17 @@ def _from_tiles(tiles: Tiles, x: Tensor, kv_heads: int) -> Tensor:
     size, (count, width) = x.shape[-1], tiles.parts.shape
     parts = tiles.collect(x.view(count, kv_heads, width, -1))
     return parts.view(*parts.shape[:2], -1, size)
+
+
+def _grad_to_tiles(
+    tiles: Tiles, grad_o: Tensor, log_weights: Tensor | None, kv_heads: int
+) -> Tensor:
+    """The gradient by what the parts read; with the logarithms of a mixture's weights or None."""
+    grad = _to_tiles(tiles, grad_o, kv_heads)
+    if log_weights is None:
+        return grad
+    weights = log_weights.exp().expand(-1, -1, grad_o.shape[1]).unsqueeze(-1)
+    return (grad * _to_tiles(tiles, weights, kv_heads)).to(grad.dtype)
 
 
 def _row_numbers(mem: Tensor, chapters: Tensor) -> Tensor:
@@ -158,27 +184,27 @@ def _with_bias(s: Tensor, tiles: Tiles, log_weights: Tensor | None, kv_heads: in
     return s
 
 
-def _norm(
-    tiles: Tiles, lse: Tensor, log_weights: Tensor | None, mixture: bool, kv_heads: int
-) -> Tensor:
-    """What the logits less this are the logarithm of, `[N Hkv, m G, 1]`: no weight if empty."""
+def _norm(tiles: Tiles, lse: Tensor, log_weights: Tensor | None, mixture: bool) -> Tensor:
+    """What the logits less this are the logarithm of, `[tokens, J, H, 1]`."""
     if not mixture:
         by_part = _outside(log_weights, tiles)
         lse = lse.unsqueeze(1) if by_part is None else lse.unsqueeze(1) - by_part
-        lse = lse.expand(-1, tiles.slots.shape[1], -1)
-    norm = _to_tiles(tiles, lse.unsqueeze(-1), kv_heads)
-    if tiles.filled is not None:
-        count, width = tiles.parts.shape
-        empty = ~tiles.filled.view(count, 1, width, 1)
-        norm = norm.view(count, kv_heads, width, -1).masked_fill(empty, torch.inf).view_as(norm)
-    return norm
+    return lse.expand(-1, tiles.slots.shape[1], -1).unsqueeze(-1)
 
 
-def _sum_by_part(x: Tensor, tiles: Tiles, kv_heads: int) -> Tensor:
-    """Sum over heads and rows of `[N Hkv, m G, K R]`, `[tokens, J, K]`."""
+def _without_empty(tiles: Tiles, norm: Tensor, kv_heads: int) -> Tensor:
+    """Infinite in empty slots, so that no weight is left there, `[N Hkv, m G, 1]`."""
+    if tiles.filled is None:
+        return norm
+    count, width = tiles.parts.shape
+    by_slot = norm.view(count, kv_heads, width, -1)
+    return by_slot.masked_fill(~tiles.filled.view(count, 1, width, 1), torch.inf).view_as(norm)
+
+
+def _sum_by_slot(x: Tensor, tiles: Tiles, kv_heads: int) -> Tensor:
+    """Sum over heads and rows of `[N Hkv, m G, K R]`, `[N, m, K]`."""
     (count, width), choices = tiles.parts.shape, tiles.chapters.shape[1]
-    by_slot = x.view(count, kv_heads, width, -1, choices, x.shape[-1] // choices).sum((1, 3, 5))
-    return tiles.collect(by_slot.unsqueeze(1)).squeeze(2)
+    return x.view(count, kv_heads, width, -1, choices, x.shape[-1] // choices).sum((1, 3, 5))
 
 
 def _weighted_sum(o: Tensor, weights: Tensor | None) -> Tensor:

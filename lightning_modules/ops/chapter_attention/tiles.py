@@ -31,6 +31,18 @@ class Tiles(NamedTuple):
     slots: Tensor
     filled: Tensor | None
 
+    def split(self, count: int) -> list[Tiles]:
+        """So many tiles at a time, with the slots of all of them."""
+        return [
+            Tiles(
+                self.chapters[n : n + count],
+                self.parts[n : n + count],
+                self.slots,
+                None if self.filled is None else self.filled[n : n + count],
+            )
+            for n in range(0, len(self.chapters), count)
+        ]
+
     def fill(self, x: Tensor) -> Tensor:
         """What every slot holds of `[tokens, J, H, E]`, `[N, H, m, E]`; without the parts' axis,
         `[tokens, H, E]`, that of its token."""
