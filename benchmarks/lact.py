@@ -34,7 +34,7 @@ def main() -> None:
         if options.command == "train":
             for name, folder in runs:
                 prepare(name, folder, options.out, changes_of(options))
-        run_all(Path(__file__).with_name("lact_run.py"), options, runs)
+        run_all(Path(__file__).with_name("language_run.py"), options, runs)
     report(options.out)
 
 

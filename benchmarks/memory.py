@@ -12,10 +12,11 @@ validation loss for all seeds. What is complete is not done again. `report` writ
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 from memory_report import best_trials, report
-from memory_trials import TRIALS
+from memory_trials import HELD_OUT, TRIALS
 from training_runs import (
     changes_of,
     make_parser,
@@ -31,6 +32,7 @@ def main() -> None:
     """Parse the command line and obey."""
     parser = make_parser(__doc__, ["train", "evaluate", "report"])
     parser.add_argument("--best", action="store_true", help="only the best rate of every arm")
+    parser.add_argument("--held-out", help="folder or glob of other text: what was forgotten?")
     options = parser.parse_args()
     trials = TRIALS
     if options.best:
@@ -40,17 +42,20 @@ def main() -> None:
         runs = pending(options, trials)
         if options.command == "train":
             for name, folder in runs:
-                prepare(name, folder, options.out, changes_of(options))
+                prepare(name, folder, options)
         run_all(Path(__file__).with_name("language_run.py"), options, runs)
     report(options.out)
 
 
-def prepare(name: str, folder: Path, out: Path, changes: dict) -> None:
+def prepare(name: str, folder: Path, options: Namespace) -> None:
     """Write the run's config file; texts are tokenised by the first run that needs them."""
     kept = ["ModelCheckpoint", "RouterMonitor", "Throughput"]
-    config = trial_config(TRIALS[name], folder, changes, kept)
-    config["data"]["init_args"]["cache"] = str(out / "data")
+    config = trial_config(TRIALS[name], folder, changes_of(options), kept)
+    config["data"]["init_args"]["cache"] = str(options.out / "data")
     write_config(config, folder)
+    if name.startswith(HELD_OUT) and options.held_out:
+        other = {"source": {"kind": "files", "path": str(Path(options.held_out).resolve())}}
+        write_config({"data": {"init_args": other}}, folder, "held_out.yaml")
 
 
 if __name__ == "__main__":

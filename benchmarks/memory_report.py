@@ -20,7 +20,12 @@ def report(out: Path) -> None:
     if not results:
         print("no complete run yet: nothing to report")
         return
-    parts = [best_table(results), rate_table(results)]
+    parts = [
+        best_table(chosen)
+        for prefix in ("scratch/", "adapter/")
+        if (chosen := {n: runs for n, runs in results.items() if n.startswith(prefix)})
+    ]
+    parts.append(rate_table(results))
     parts.append("\n".join([*machines(results, measured="Measured"), *texts(results)]))
     (out / "results.md").write_text("\n\n".join(parts) + "\n")
     print("\n\n".join(parts))
@@ -36,15 +41,21 @@ def best_trials(results: Results) -> list[str]:
 
 def best_table(results: Results) -> str:
     """Every arm at its best learning rate."""
-    titles = ["arm", "what it is", "lr", "validation loss", "by seed", "parameters"]
-    titles += ["MFLOPs a token", "tokens/s in training", *ROUTER]
+    forgets = any(run["held_out"] is not None for runs in results.values() for run in runs)
+    titles = ["arm", "what it is", "lr", "validation loss", "by seed"]
+    titles += ["loss on other text"] if forgets else ["MFLOPs a token"]
+    titles += ["parameters trained" if forgets else "parameters", "tokens/s in training", *ROUTER]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name in best_trials(results):
         runs = results[name]
         losses = [run["loss"] for run in runs]
         cells = [arm_of(name), ARMS[arm_of(name)].about, name.rpartition("/")[2], _spread(losses)]
-        cells += [", ".join(f"{loss:.4f}" for loss in losses), f"{runs[0]['parameters']:,}"]
-        cells += [f"{runs[0]['flops_per_token'] / 1e6:.1f}", f"{_speed(runs):,.0f}"]
+        cells.append(", ".join(f"{loss:.4f}" for loss in losses))
+        if forgets:
+            cells.append(_spread([run["held_out"] for run in runs]))
+        else:
+            cells.append(f"{runs[0]['flops_per_token'] / 1e6:.1f}")
+        cells += [f"{runs[0]['parameters']:,}", f"{_speed(runs):,.0f}"]
         cells += [_statistic(runs, statistic) for statistic in ROUTER]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -31,6 +31,7 @@ class Arm:
 
 
 SCRATCH = (1e-3, 2e-3, 4e-3)
+ADAPTER = (5e-4, 1e-3, 2e-3)
 PRODUCT_KEYS = {"num_keys": 90, "num_heads": 4, "top_k": 32, "key_width": 128}
 
 ARMS: dict[str, Arm] = {
@@ -57,7 +58,24 @@ ARMS: dict[str, Arm] = {
         SCRATCH,
         {**VANILLA, WIDTH: 1344},
     ),
+    **{
+        f"adapter/{arm}": Arm("memory_vs_lora", about, rates, {"model.init_args.arm": arm})
+        for arm, about, rates in (
+            ("memory", "bank in a frozen SmolLM2-135M", ADAPTER),
+            ("lora", "LoRA in it", ADAPTER),
+            ("both", "both", ADAPTER),
+        )
+    },
+    "adapter/base": Arm(
+        "memory_vs_lora",
+        "SmolLM2-135M as it is (a new memory, one step at learning rate 0)",
+        (0.0,),
+        {"model.init_args.arm": "memory"},
+    ),
 }
+
+HELD_OUT = ("adapter",)
+"""Arms whose loss on other text is measured, too: what they have forgotten."""
 
 TRIALS: dict[str, Trial] = {
     f"{name}/{rate:g}": Trial(arm.config, f"{arm.about}, lr {rate:g}", {**arm.changes, LR: rate})

@@ -136,10 +136,10 @@ def set_value(config: dict, key: str, value: object) -> None:
     config[last] = value
 
 
-def write_config(config: Mapping[str, Any], folder: Path) -> None:
-    """Write the run's own config file."""
+def write_config(config: Mapping[str, Any], folder: Path, name: str = "config.yaml") -> None:
+    """Write the run's own config file, or an overlay of it."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+    (folder / name).write_text(yaml.safe_dump(dict(config), sort_keys=False))
 
 
 def run_all(program: Path, options: argparse.Namespace, runs: Sequence[tuple[str, Path]]) -> None:

@@ -1,4 +1,4 @@
-"""One run of `lact.py`: train by its config file, or measure what was trained."""
+"""One run of `lact.py` or `memory.py`: train by its config file, or measure what was trained."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from memory_flops import flops_per_token
 from training_runs import machine, write_json
 
 import cli
@@ -37,6 +38,11 @@ def train(folder: Path) -> None:
         "seconds": times[-1] - times[0],
         "tokens_per_second": sorted(rate)[len(rate) // 2],
         "curves": curves,
+        "last": {
+            tag: events.Scalars(tag)[-1].value
+            for tag in events.Tags()["scalars"]
+            if tag.startswith("chapter_router/")
+        },
     }
     write_json(folder / "training.json", training)
 
@@ -44,24 +50,46 @@ def train(folder: Path) -> None:
 def evaluate(name: str, folder: Path) -> None:
     """Loss, accuracy and loss by position of the last checkpoint, on all validation data."""
     last = folder / "log" / "checkpoints" / "last.ckpt"
-    config = str(folder / "config.yaml")
-    place = ["--trainer.logger.init_args.name", "evaluation"]
-    cli.main(["validate", "--config", config, "--ckpt_path", str(last), *place])
-    events = EventAccumulator(str(folder / "evaluation")).Reload()
-    scalars = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+    scalars = validate(folder, [folder / "config.yaml"], "evaluation")
     state = torch.load(last, map_location="cpu", weights_only=True)["state_dict"]
+    other = folder / "held_out.yaml"
+    if other.exists():
+        held_out = validate(folder, [folder / "config.yaml", other], "held_out")
+        scalars["held_out/loss"] = held_out["val/loss"]
     result = {
         "trial": name,
-        "parameters": sum(value.numel() for value in state.values()),
+        "parameters": sum({v.data_ptr(): v.numel() for v in state.values()}.values()),
         "loss": scalars["val/loss"],
         "accuracy": scalars["val/accuracy"],
+        "held_out": scalars.get("held_out/loss"),
         "by_position": _curve(scalars, "position_loss/from_"),
         "by_chunk": _curve(scalars, "chunk_loss/chunk_"),
         "data": provenance(folder),
+        **cost(folder),
         **machine(PACKAGES),
         "training": json.loads((folder / "training.json").read_text()),
     }
     write_json(folder / "result.json", result)
+
+
+def validate(folder: Path, configs: list[Path], name: str) -> dict[str, float]:
+    """What a validation of the last checkpoint logs."""
+    last = folder / "log" / "checkpoints" / "last.ckpt"
+    options = [part for path in configs for part in ("--config", str(path))]
+    place = ["--trainer.logger.init_args.name", name]
+    cli.main(["validate", *options, "--ckpt_path", str(last), *place])
+    events = EventAccumulator(str(folder / name)).Reload()
+    return {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+
+
+def cost(folder: Path) -> dict[str, float]:
+    """FLOPs per token of models with a memory bank and of their controls."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    model = config["model"]
+    if model["class_path"] != "MemoryBankModule" or "config" not in model["init_args"]:
+        return {}
+    data = datamodules.TextStreamDataModule(**config["data"]["init_args"])
+    return {"flops_per_token": flops_per_token(config, data.features["vocab_size"])}
 
 
 def _curve(scalars: dict[str, float], prefix: str) -> list[list[float]]:
