@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from memory_flops import flops_per_token
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import machine, write_json
 
 import cli
