@@ -332,6 +332,17 @@ def test_the_router_compiles_to_one_graph(strategy: str) -> None:
     assert_same(compiled(given.x), call(given.x))
 
 
+def test_a_state_of_other_rows_or_options_is_refused() -> None:
+    router, given = make_router("rolling"), batch()
+    state = run(router, given).state
+    with pytest.raises(ValueError, match="holds 4 rows, but the batch has 1.*select the rows"):
+        run(router, given.rows(0), state)
+    with pytest.raises(ValueError, match="holds 4 recent places.*rolling needs 2.*state=None"):
+        run(make_router("rolling", window=3), given, state)
+    with pytest.raises(ValueError, match="strategy=block needs 1"):
+        run(make_router("block"), given, state)
+
+
 def test_parameters_are_those_that_the_strategy_needs() -> None:
     for strategy in ALL:
         config = RouterConfig(5, 2, strategy, shared=1, allow_non_causal=True)
