@@ -234,9 +234,7 @@ class ChapterRouter(nn.Module):
         size = config.block_size
         promised = alignment is not None and alignment % size == 0
         at_zero = known["real"] is None and known["state"] is None
-        offset = None
-        if not (promised or at_zero):
-            offset = torch.where(start > 0, start % size, start)
+        offset = None if promised or at_zero else start % size
         per_token = not promised and (documents or not at_zero)
         pooled = pool_blocks(x, size, offset=offset, per_token=per_token, **known)
         return pooled, 1 if per_token else size

@@ -265,6 +265,9 @@ def test_in_generation_a_call_of_one_token_is_an_answer_unless_there_is_no_promp
     logits = run(router, given.part(3, 4), state).logits[:, 0]
     torch.testing.assert_close(logits[2], router.router(given.x[2, 3]))
     torch.testing.assert_close(logits[1], first.logits[1, -1])
+    other = given.part(3, 4)._replace(documents=torch.ones(B, 1, dtype=torch.int64))
+    logits = run(router, other, first.state).logits[:, 0]
+    torch.testing.assert_close(logits, router.router(given.x[:, 3]))
     turn = run(router, given.part(3, 5), first.state).logits[:, -1]
     both = torch.cat([given.x, given.x[:, 3:5]], 1).mean(1)
     torch.testing.assert_close(turn, router.router(both))
