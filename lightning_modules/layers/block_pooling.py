@@ -23,9 +23,8 @@ class BlockGrid:
     Args:
         like: any tensor `[B, T, ...]`.
         size: n.
-        offset: slot of each row's first token in the first block; negative if tokens precede
-            the first block (left padding), which then have no slot. int64 `[B]`; None: 0 in all
-            rows, known without waiting for the device.
+        offset: slot of each row's first token, 0 to n - 1, int64 `[B]`; None: 0 in all rows, known
+            without waiting for the device.
     """
 
     def __init__(self, like: Tensor, size: int, offset: Tensor | None) -> None:
@@ -40,7 +39,7 @@ class BlockGrid:
         self.held = (token >= 0) & (token < self.length)
         self.token = torch.where(self.held, row * self.length + token, -1).flatten()
         slot = torch.arange(self.length, device=like.device) + offset.unsqueeze(1)
-        self.slot = torch.where(slot >= 0, row * self.slots + slot, -1).flatten()
+        self.slot = (row * self.slots + slot).flatten()
 
     def arrange(self, x: Tensor) -> Tensor:
         """Tokens `[B, T, E]` as blocks `[B, N, n, E]`, empty slots 0."""
@@ -60,7 +59,7 @@ class BlockGrid:
         return x.reshape(self.rows, self.count, self.size)
 
     def restore(self, x: Tensor) -> Tensor:
-        """The inverse of `arrange`: `[B, T, E]`, 0 for tokens without a slot."""
+        """The inverse of `arrange`: `[B, T, E]`."""
         x = x.reshape(self.rows * self.slots, -1)
         if self.offset is None:
             return x.view(self.rows, self.slots, -1)[:, : self.length]

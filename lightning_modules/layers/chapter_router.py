@@ -177,9 +177,13 @@ class ChapterRouter(nn.Module):
             prompt_mask: for `prompt`, tokens that are not of an answer, bool `[B, T]`; None: see
                 `pool_prompt`.
             state: `Routing.state` of the call before; None starts fresh.
+
+        Raises:
+            ValueError: the state is of other rows, or of a router with other options.
         """
         if self.config.strategy == "token":
             return self._route(hidden_states, 1, None)
+        self._check(state, hidden_states)
         document = _numbered(hidden_states, mask, document_ids, state)
         start = first_position(hidden_states, mask, state)
         known = {"real": mask, "document": document, "state": state}
@@ -193,6 +197,22 @@ class ChapterRouter(nn.Module):
             pooled.recent,
         )
         return self._route(mean_of(pooled.sums, self.default_vector), block_size, after)
+
+    def _check(self, state: RouterState | None, x: Tensor) -> None:
+        if state is None:
+            return
+        if len(state.position) != len(x):
+            raise ValueError(
+                f"the router's state holds {len(state.position)} rows, but the batch has {len(x)}: "
+                "select the rows of the state, or start with state=None"
+            )
+        places = {"block": 1, "rolling": self.config.window - 1}.get(self.config.strategy, 0)
+        if state.recent.shape[1] != places:
+            raise ValueError(
+                f"the router's state holds {state.recent.shape[1]} recent places, but "
+                f"strategy={self.config.strategy} needs {places}: keep to one strategy and window, "
+                "or start with state=None"
+            )
 
     def _pool(
         self,
@@ -214,9 +234,7 @@ class ChapterRouter(nn.Module):
         size = config.block_size
         promised = alignment is not None and alignment % size == 0
         at_zero = known["real"] is None and known["state"] is None
-        offset = None
-        if not (promised or at_zero):
-            offset = torch.where(start > 0, start % size, start)
+        offset = None if promised or at_zero else start % size
         per_token = not promised and (documents or not at_zero)
         pooled = pool_blocks(x, size, offset=offset, per_token=per_token, **known)
         return pooled, 1 if per_token else size

@@ -265,6 +265,9 @@ def test_in_generation_a_call_of_one_token_is_an_answer_unless_there_is_no_promp
     logits = run(router, given.part(3, 4), state).logits[:, 0]
     torch.testing.assert_close(logits[2], router.router(given.x[2, 3]))
     torch.testing.assert_close(logits[1], first.logits[1, -1])
+    other = given.part(3, 4)._replace(documents=torch.ones(B, 1, dtype=torch.int64))
+    logits = run(router, other, first.state).logits[:, 0]
+    torch.testing.assert_close(logits, router.router(given.x[:, 3]))
     turn = run(router, given.part(3, 5), first.state).logits[:, -1]
     both = torch.cat([given.x, given.x[:, 3:5]], 1).mean(1)
     torch.testing.assert_close(turn, router.router(both))
@@ -330,6 +333,17 @@ def test_the_router_compiles_to_one_graph(strategy: str) -> None:
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert_same(compiled(given.x), call(given.x))
+
+
+def test_a_state_of_other_rows_or_options_is_refused() -> None:
+    router, given = make_router("rolling"), batch()
+    state = run(router, given).state
+    with pytest.raises(ValueError, match="holds 4 rows, but the batch has 1.*select the rows"):
+        run(router, given.rows(0), state)
+    with pytest.raises(ValueError, match="holds 4 recent places.*rolling needs 2.*state=None"):
+        run(make_router("rolling", window=3), given, state)
+    with pytest.raises(ValueError, match="strategy=block needs 1"):
+        run(make_router("block"), given, state)
 
 
 def test_parameters_are_those_that_the_strategy_needs() -> None:

@@ -13,6 +13,7 @@ from lightning_modules.layers.router import (
     init_router,
     masked_mean,
     router_logits,
+    top_k,
     top_k_weights,
     z_loss,
 )
@@ -179,3 +180,10 @@ def test_initial_probabilities_are_nearly_uniform_and_no_choice_is_left_out() ->
     nn.init.zeros_(router.weight)  # the wrong start: every token ties, and the first choice wins
     ties = top_k_weights(router_logits(x, router).softmax(-1), 1)[1].float().mean(0)
     assert ties.tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("k", [1, 3, 12])
+def test_top_k_equals_a_stable_sort_where_many_are_equal(k: int) -> None:
+    scores = torch.randint(0, 4, (50, 12), generator=torch.Generator().manual_seed(0)).float()
+    expected = scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    assert torch.equal(top_k(scores, k), expected)
