@@ -8,6 +8,7 @@ from callbacks.file_boundary import FileBoundaryReset
 from callbacks.gates import GateMonitor
 from callbacks.position_loss import PositionLossMonitor
 from callbacks.prediction_writer import PredictionWriter
+from callbacks.router import RouterMonitor
 from callbacks.stream_checkpoint import StreamStateCheckpoint
 from callbacks.throughput import Throughput
 
@@ -20,6 +21,7 @@ __all__ = [
     "GateMonitor",
     "PositionLossMonitor",
     "PredictionWriter",
+    "RouterMonitor",
     "StreamStateCheckpoint",
     "Throughput",
 ]

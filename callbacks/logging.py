@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
+MAX_TICKS = 32
+
 
 def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float], step: int) -> None:
     """Write Python floats to every logger; on the first process only."""
@@ -71,17 +73,21 @@ def log_histogram(
 def heat_map(
     values: np.ndarray, rows: Sequence[str], columns: Sequence[str], column_name: str, title: str
 ) -> Figure:
-    """A labelled heat map of `values [len(rows), len(columns)]`; NaN stays white."""
+    """A labelled heat map of `values [len(rows), len(columns)]`; NaN stays white.
+
+    Of more than `MAX_TICKS` columns only some are named, and they share the width of that many.
+    """
     from matplotlib.figure import Figure
 
-    width, height = 2.5 + 0.5 * len(columns), 1.3 + 0.3 * len(rows)
+    width, height = 2.5 + 0.5 * min(len(columns), MAX_TICKS), 1.3 + 0.3 * len(rows)
     figure = Figure(figsize=(width, height), dpi=80)
     figure.subplots_adjust(
         left=1.2 / width, right=1 - 0.1 / width, bottom=0.8 / height, top=1 - 0.4 / height
     )
     axes = figure.add_subplot()
     image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", cmap="viridis")
-    axes.set_xticks(range(len(columns)), columns, rotation=45)
+    step = -(-len(columns) // MAX_TICKS)
+    axes.set_xticks(range(0, len(columns), step), columns[::step], rotation=45)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xlabel(column_name)
     axes.set_title(title)

@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+import text_cases  # noqa: F401 (its module resolves by short name once imported)
 import torch
 from chat_cases import (
     PLAIN,
@@ -279,6 +280,31 @@ def test_a_dataset_of_pairs_gives_the_same_rows_as_lines(tmp_path: Path) -> None
     assert list(stored(rows).values()) == list(stored(lines).values())
     assert rows.provenance["content_hash"] == lines.provenance["content_hash"]
     assert rows.store.places.tolist() == lines.store.places.tolist()
+
+
+CONFIG = """
+model:
+  class_path: BagModule
+  init_args: {{optimizer: {{class_path: SGD, init_args: {{lr: 0.1}}}}}}
+data:
+  class_path: ChatDataModule
+  init_args:
+    source: {{path: {path}}}
+    tokenizer: {tokenizer}
+    chunk_length: 32
+    batch_size: 2
+trainer: {{limit_val_batches: 1}}
+"""
+
+
+def test_the_command_line_trains_on_conversations(fit: Any, path: Path, tmp_path: Path) -> None:
+    text = CONFIG.format(path=path, tokenizer=save_tokenizer(tmp_path / "tokenizer"))
+    (tmp_path / "chat.yaml").write_text(text)
+    result = fit("--config", "chat.yaml", "--data.source.strict", "true")
+    assert result.code == 0, result.err
+    assert "source chat.jsonl, content_hash" in result.out
+    refused = fit("--config", "chat.yaml", "--data.chat_template", "nothing")
+    assert refused.code == 1 and "no file and no template" in refused.last_line
 
 
 @pytest.mark.slow
