@@ -14,7 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_runs import machine, write_json
 
 import cli
-import datamodules
+from datamodules import TextStreamDataModule
+from datamodules.documents import TextSource
+from datamodules.tokenization import TokenizerConfig
+from lightning_modules.adapters import as_config
 
 PACKAGES = ("torch", "lightning", "transformers")
 
@@ -83,13 +86,23 @@ def validate(folder: Path, configs: list[Path], name: str) -> dict[str, float]:
 
 
 def cost(folder: Path) -> dict[str, float]:
-    """FLOPs per token of models with a memory bank and of their controls."""
+    """FLOPs per token of models with a memory bank from scratch, and of their controls."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    model = config["model"]
-    if model["class_path"] != "MemoryBankModule" or "config" not in model["init_args"]:
+    model, data = config["model"], text_data(config)
+    scratch = model["class_path"] == "MemoryBankModule" and "config" in model["init_args"]
+    if data is None or not scratch:
         return {}
-    data = datamodules.TextStreamDataModule(**config["data"]["init_args"])
     return {"flops_per_token": flops_per_token(config, data.features["vocab_size"])}
+
+
+def text_data(config: dict[str, Any]) -> TextStreamDataModule | None:
+    """The DataModule of a config, if it reads texts."""
+    if config["data"]["class_path"] != "TextStreamDataModule":
+        return None
+    options = dict(config["data"]["init_args"])
+    for name, kind in (("source", TextSource), ("tokenizer", TokenizerConfig)):
+        options[name] = as_config(kind, options.get(name), name)
+    return TextStreamDataModule(**options)
 
 
 def _curve(scalars: dict[str, float], prefix: str) -> list[list[float]]:
@@ -100,10 +113,8 @@ def _curve(scalars: dict[str, float], prefix: str) -> list[list[float]]:
 
 def provenance(folder: Path) -> dict[str, Any]:
     """Which texts these are; empty for drawn sequences."""
-    options = yaml.safe_load((folder / "config.yaml").read_text())["data"]
-    if options["class_path"] != "TextStreamDataModule":
-        return {}
-    return datamodules.TextStreamDataModule(**options["init_args"]).provenance
+    data = text_data(yaml.safe_load((folder / "config.yaml").read_text()))
+    return {} if data is None else data.provenance
 
 
 if __name__ == "__main__":
