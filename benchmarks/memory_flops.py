@@ -30,5 +30,7 @@ def flops_per_token(config: Mapping[str, Any], vocab_size: int) -> float:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ids = torch.zeros(data["batch_size"], length, dtype=torch.int64, device=device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module.to(device).eval().model(ids, use_cache=False, document_alignment=data["packing_alignment"])
+        module.to(device).eval().model(
+            ids, use_cache=False, document_alignment=data["packing_alignment"]
+        )
     return counter.get_total_flops() / ids.numel()
