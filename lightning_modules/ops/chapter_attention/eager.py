@@ -129,7 +129,8 @@ def _by_token(x: Tensor, time: int, block_size: int) -> Tensor:
 
 def _merge(o: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
     """One softmax of two: each output counts as much as the weights of its rows together."""
-    total = torch.logaddexp(lse, other_lse)
+    # logaddexp rounds an element by where it stands, which would make rows depend on each other
+    total = torch.stack([lse, other_lse]).logsumexp(0)
     share = (other_lse - total).exp().unsqueeze(-1)
     return torch.lerp(o.to(share.dtype), other.to(share.dtype), share).to(o.dtype), total
 
