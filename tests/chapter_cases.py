@@ -18,7 +18,7 @@ PATHS: dict[str, dict[str, Any]] = {
     "sorted": {"time": 37, "rows": 3},
     "sorted_blocks": {"time": 23, "block_size": 2},
     "few_small_blocks": {"time": 7, "block_size": 5},
-    "blocks": {"time": 37, "block_size": 16, "rows": 5},
+    "blocks": {"time": 70, "block_size": 32, "rows": 5},
     "one_block": {"time": 21, "block_size": 32},
     "one_short_block": {"time": 3, "block_size": 32},
     "decoding": {"time": 1},
