@@ -28,7 +28,7 @@ def quantize_rows(bank: Tensor, bits: Literal[4, 8]) -> tuple[Tensor, Tensor]:
     Returns:
         Codes, int8 `[N, d]`, or with 4 bits `[N, d / 2]`: two codes in a byte, in two's complement,
         that of the even column in the low half. And scales `[N]`, in float32 (float64 if the bank
-        is).
+        is). Neither has a gradient.
 
     Raises:
         ValueError: if the bank is not a real-valued matrix, bits is neither 8 nor 4, or the columns
@@ -44,7 +44,7 @@ def quantize_rows(bank: Tensor, bits: Literal[4, 8]) -> tuple[Tensor, Tensor]:
             f"bank has {bank.shape[1]} columns, but 4 bits pack two of them into a byte: use an "
             "even number of them, or bits=8"
         )
-    bank = bank.to(torch.promote_types(bank.dtype, torch.float32))
+    bank = bank.detach().to(torch.promote_types(bank.dtype, torch.float32))
     scale = (bank.abs().amax(1) / largest).clamp(min=SCALE_FLOOR)
     codes = (bank / scale.unsqueeze(1)).round().clamp(-largest, largest).to(torch.int8)
     if bits == 4:

@@ -86,7 +86,7 @@ class ReadTiles(torch.autograd.Function):
         kv_heads, found = mem_k.shape[2], []
         norm, delta = _norm(tiles, lse, log_weights, mixture), None
         if not mixture:
-            delta = ((grad_o * o).sum(-1, dtype=lse.dtype) - grad_lse).unsqueeze(-1)
+            delta = ((grad_o.to(lse.dtype) * o).sum(-1) - grad_lse).unsqueeze(-1)
         for some, keep in zip_longest(tiles.split(_tiles_at_once(tiles, q, mem_k)), kept):
             queries, keys = _to_tiles(some, q, kv_heads), _rows(mem_k, some.chapters)
             do = _grad_to_tiles(some, grad_o, log_weights if mixture else None, kv_heads)
