@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lightning_modules.adapters.registry import as_config
 from lightning_modules.layers.memory_bank import QuantizedBank
@@ -29,12 +30,15 @@ LORA_PREFIX = "base_model.model."
 """Of every name in peft's files."""
 
 
-def save_memory(model: nn.Module, folder: str | Path) -> None:
-    """Write memory, and LoRA if there is any, without the base. All of it appears at once.
+def save_memory(model: PreTrainedModel, folder: str | Path, with_base: bool = False) -> None:
+    """Write memory, and LoRA if there is any. All of it appears at once.
 
     Args:
         model: has a memory (`inject_memory`).
         folder: a new or empty folder.
+        with_base: also write the model without its memory, for one that was trained from scratch:
+            `AutoModelForCausalLM.from_pretrained(folder)` reads it, then `load_memory(model,
+            folder)` completes it.
 
     Raises:
         ValueError: the model has no memory.
@@ -51,6 +55,8 @@ def save_memory(model: nn.Module, folder: str | Path) -> None:
         save_file(weights, part / WEIGHTS)
         (part / OPTIONS).write_text(json.dumps(_description(model), indent=2) + "\n")
         _save_lora(model, part)
+        if with_base:
+            model.save_pretrained(part, state_dict=_base_state(model))
         os.replace(part, target)
 
 
@@ -145,15 +151,21 @@ def _description(model: nn.Module) -> dict[str, Any]:
 
 
 def _base_fingerprint(model: nn.Module) -> str:
-    return fingerprint(_base_parameters(model))
+    return fingerprint(_of_base(model, model.named_parameters()))
 
 
-def _base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What was there before memory and LoRA, under the names of then."""
+def _base_state(model: nn.Module) -> dict[str, Tensor]:
+    return dict(_of_base(model, model.state_dict().items()))
+
+
+def _of_base(
+    model: nn.Module, tensors: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Those that were there before memory and LoRA, under the names of then."""
     prefixes = (f"{BANKS}.", *(f"{layer.memory_slot}." for _, layer in memory_layers(model)))
-    for name, parameter in model.named_parameters():
+    for name, tensor in tensors:
         if not name.startswith(prefixes) and "lora_" not in name:
-            yield name.replace(".base_layer", ""), parameter
+            yield name.replace(".base_layer", ""), tensor
 
 
 def _save_lora(model: nn.Module, folder: Path) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from architecture_cases import build_model, tokens
-from lightning_modules.layers.memory_bank import QuantizedBank
-from memory_cases import logits, memory_model, memory_options
+from memory_cases import add_memory, logits, memory_model, memory_options
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from lightning_modules.layers.memory_bank import QuantizedBank
 from lightning_modules.models.memory import inject_memory, memory_layers, remove_memory
 from lightning_modules.models.memory_files import (
     export_banks,
@@ -60,6 +61,20 @@ def test_lora_is_saved_as_peft_reads_it(tmp_path: Path) -> None:
         logits(PeftModel.from_pretrained(base, tmp_path / "saved"), ids), expected
     )
     again = build_model("llama").double()
+    load_memory(again, tmp_path / "saved")
+    assert torch.equal(logits(again, ids), expected)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_model_from_scratch_is_saved_whole(lora: bool, tmp_path: Path) -> None:
+    model, ids = build_model("qwen3").double(), tokens(2, 9)  # with tied embeddings
+    if lora:
+        inject_lora(model, ProjectionLoRA(rank=2))
+    add_memory(model, memory_options())
+    expected = logits(model, ids)
+    save_memory(model, tmp_path / "saved", with_base=True)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float64)
+    assert not torch.equal(logits(again, ids), expected)
     load_memory(again, tmp_path / "saved")
     assert torch.equal(logits(again, ids), expected)
 
