@@ -7,6 +7,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from lact_trials import TRIALS
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from training_runs import Results, machines, read
 
@@ -25,7 +26,8 @@ def report(out: Path) -> None:
     parts = []
     if recall := _of(results, "recall/"):
         parts.append(recall_table(recall))
-        curves(recall, "val/accuracy").savefig(figures / "lact_recall.png")
+        accuracy = curves(recall, "val/accuracy", "accuracy of recalled values, validation")
+        accuracy.savefig(figures / "lact_recall.png")
     if text := _of(results, "text/"):
         parts.append(text_table(text))
         by_position(text).savefig(figures / "lact_loss_by_position.png")
@@ -85,43 +87,50 @@ def texts(results: Results) -> list[str]:
     return [f"Text: {line}." for line in sorted(lines)]
 
 
-def curves(results: Results, tag: str) -> Figure:
+def curves(results: Results, tag: str, label: str) -> Figure:
     """A logged scalar over the optimizer steps, a line per run, a colour per trial."""
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="optimizer step", ylabel=tag)
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel=label)
     for index, (name, runs) in enumerate(results.items()):
         for run in runs:
             steps, values = zip(*run["training"]["curves"][tag], strict=True)
-            label = TRIALS[name].about if run is runs[0] else None
-            axes.plot(steps, values, color=f"C{index}", label=label, alpha=0.8)
-    axes.legend(fontsize="small")
+            about = TRIALS[name].about if run is runs[0] else None
+            axes.plot(steps, values, color=f"C{index}", label=about, alpha=0.8)
+    axes.legend(fontsize="small", title="a line per seed")
     return figure
 
 
 def by_position(results: Results) -> Figure:
-    """Loss by position in the file, and its difference to that of the window alone."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    """Loss by position in the file, and what of it is not the window's alone, seed by seed."""
+    figure = Figure(figsize=(10, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    means = {name: _mean_curve(runs) for name, runs in results.items()}
-    base = means.get("text/window", {})
-    for name, curve in means.items():
-        places = list(curve)
-        left.plot(range(len(places)), [curve[p] for p in places], marker="o", label=name)
-        common = [p for p in places if p in base]
-        right.plot(range(len(common)), [curve[p] - base[p] for p in common], marker="o")
-    for axes, label in ((left, "validation loss"), (right, "difference to window alone")):
-        places = list(next(iter(means.values())))
-        axes.set_xticks(range(len(places)), [str(p) for p in places], rotation=60)
-        axes.set_xlabel("position in the file, from token")
+    window = {run["seed"]: _positions(run) for run in results.get("text/window", [])}
+    for index, (name, runs) in enumerate(results.items()):
+        _draw(left, [_positions(run) for run in runs], f"C{index}", TRIALS[name].about)
+        pairs = [(_positions(run), window[run["seed"]]) for run in runs if run["seed"] in window]
+        if pairs and name != "text/window":
+            differences = [{p: curve[p] - base[p] for p in curve} for curve, base in pairs]
+            _draw(right, differences, f"C{index}", TRIALS[name].about)
+    right.axhline(0, color="0.5", linewidth=0.8)
+    for axes, label in ((left, "validation loss"), (right, "minus the window alone")):
+        axes.set_xlabel("position in the file: from this token to the next mark")
         axes.set_ylabel(f"{label} (nats per token)")
-    left.legend(fontsize="small")
+        axes.tick_params(axis="x", rotation=60)
+    lines, names = left.get_legend_handles_labels()
+    title = "thick: mean of the seeds, thin: each seed"
+    figure.legend(lines, names, loc="outside upper center", ncols=2, fontsize="small", title=title)
     return figure
 
 
-def _mean_curve(runs: list[dict[str, Any]]) -> dict[float, float]:
-    """Position -> loss, mean over seeds."""
-    values: dict[float, list[float]] = {}
-    for run in runs:
-        for place, loss in run["by_position"]:
-            values.setdefault(place, []).append(loss)
-    return {place: mean(losses) for place, losses in values.items()}
+def _positions(run: dict[str, Any]) -> dict[int, float]:
+    """Position -> loss."""
+    return {int(place): loss for place, loss in run["by_position"]}
+
+
+def _draw(axes: Axes, curves: list[dict[int, float]], color: str, label: str) -> None:
+    """A thin line per seed and a thick one of their mean, over equally spaced positions."""
+    places = [f"{place:,}" for place in curves[0]]
+    for curve in curves:
+        axes.plot(places, list(curve.values()), color=color, alpha=0.35, linewidth=1)
+    means = [mean(values) for values in zip(*(c.values() for c in curves), strict=True)]
+    axes.plot(places, means, color=color, marker="o", linewidth=2, label=label)

@@ -19,7 +19,7 @@ TRIALS: dict[str, Trial] = {
     "text/carry_r2": Trial("lact_stacked", "memory carried through the file, r = 2 with skips"),
     "text/reset": Trial(
         "lact_stacked",
-        "memory and window reset every 2,048 tokens, r = 1",
+        "memory and window reset every 1,024 tokens, r = 1",
         {**R1, "model.init_args.fast_state": "reset"},
     ),
     "text/window": Trial("lact_stacked", "window 256 alone, carried through the file", NO_LACT),

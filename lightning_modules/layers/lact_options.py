@@ -98,7 +98,8 @@ class LaCTUpdateConfig:
         lr_dim: learning rates per token, head and weight: 1, or D for one per channel.
         base_lr: inner learning rate where its projection gives 0, which it does at first. The
             published 0.001 is for Muon, whose updates have one size; without, it is so small
-            against the initial weights that a fresh memory holds next to nothing: take about 1.
+            against the initial weights that a fresh memory holds next to nothing. Where all is
+            recall, take about 1; on text that only added noise, and 0.001 did better.
         use_momentum: add the momentum of earlier updates, by a coefficient that the tokens give.
         use_muon: orthogonalise every update by Newton-Schulz steps.
         muon_dtype: of these steps; `bfloat16` is as published, `float32` has better gradients.
