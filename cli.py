@@ -24,11 +24,14 @@ models (--model NAME):
                         test-time-training layers behind dual gates
   LaCTModule            language model whose memory learns in large chunks, from scratch or
                         beside the attention of a pretrained one
+  MemoryBankModule      language model that reads a learned bank, whose chapters a causal router
+                        chooses, from scratch or inside a pretrained one (beside LoRA)
 
 examples:
   python cli.py fit --config configs/quickstart.yaml
   python cli.py fit --config configs/quickstart.yaml --trainer.max_steps 50 --data.batch_size 4
   python cli.py fit --config configs/lact_small.yaml
+  python cli.py fit --config configs/memory_small.yaml
   python cli.py fit --config configs/quickstart.yaml --print_config
   python cli.py fit --model.help ActionExpertModule
   python cli.py fit --help

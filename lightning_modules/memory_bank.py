@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -86,6 +87,10 @@ class MemoryBankModule(LanguageModule):
         self.memory = memory or MemoryOptions()
         self.lora = lora or ProjectionLoRA()
         if self._strategy == "sequence":
+            rank_zero_warn(
+                "router.strategy=sequence reads the tokens that are to be predicted: of its losses "
+                "only val/prefix_loss, of tokens with nothing behind them, can be compared"
+            )
             for stage in ("val", "test"):
                 self.means[f"{stage}_prefix_loss"] = LabelMean()
 

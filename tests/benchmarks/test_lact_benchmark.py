@@ -1,13 +1,11 @@
 """The benchmarks of LaCT, shortened: train, evaluate, report, nothing twice; decoding's table."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from benchmark_cases import run
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 CONFIG = "model.init_args.config."
 SHORT = (
     "--set",
@@ -22,13 +20,6 @@ SHORT = (
 RECALL = ("data.init_args.val_sequences=4", "data.init_args.train_sequences=40")
 TEXT = ("data.init_args.chunk_length=512", "data.init_args.min_tokens=65536")
 """The longest files of the standard library, four of them for validation."""
-
-
-def run(program: str, *arguments: str) -> str:
-    command = [sys.executable, str(FOLDER / program), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.slow

@@ -129,7 +129,8 @@ def test_losses_of_the_router_are_logged_beside_that_of_the_model(tmp_path: Path
 
 
 def test_validation_of_non_causal_routing_also_reads_prefixes(tmp_path: Path) -> None:
-    module = make_module("sequence")
+    with pytest.warns(UserWarning, match="only val/prefix_loss"):
+        module = make_module("sequence")
     trainer = make_trainer(tmp_path, 1, limit_val_batches=2)
     logged = trainer.validate(module, make_data(tmp_path, mode="packed"), verbose=False)[0]
     # A new memory adds nothing, so that both are the same model on other places.
