@@ -12,7 +12,7 @@ from lightning_modules.policy import ActionExpertPolicy
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EXPERIMENTS = sorted(CONFIGS.glob("*.yaml"))
-SIMULATED = [p for p in EXPERIMENTS if not p.stem.startswith(("pi0", "lact"))]
+SIMULATED = [p for p in EXPERIMENTS if not p.stem.startswith(("pi0", "lact", "memory"))]
 """The others have test files of their own."""
 OVERLAYS = sorted(CONFIGS.glob("*/*.yaml"))
 TINY = CONFIGS / "tiny" / "action_expert.yaml"
@@ -139,7 +139,8 @@ def test_adapter_overlay_fits_tests_and_acts_from_its_checkpoint(
 
 
 def test_every_overlay_is_used_by_a_test() -> None:
-    elsewhere = [*(CONFIGS / "pi0").glob("*.yaml"), CONFIGS / "tiny" / "text.yaml"]
+    tiny = [CONFIGS / "tiny" / f"{name}.yaml" for name in ("text", "memory")]
+    elsewhere = [*(CONFIGS / "pi0").glob("*.yaml"), *tiny]
     assert set(OVERLAYS) == {TINY, *elsewhere, *(ADAPTERS / f"{n}.yaml" for n in ADAPTER_TAGS)}
 
 
