@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.base import Stage, StreamDataModule
+from datamodules.base import Stage
 from datamodules.chat_sources import ChatSource, Conversations, open_conversations
 from datamodules.chat_store import ChatStore, chat_store_path, encode_conversations
 from datamodules.chat_template import ChatTemplate
-from datamodules.loader import StreamLoader
 from datamodules.sampler import ChunkRequest
 from datamodules.splits import split_by_hash
 from datamodules.text_chunks import NO_LABEL, padded
+from datamodules.token_data import TokenDataModule
 from datamodules.tokenization import PretrainedTokenizer
 
 
@@ -61,7 +60,7 @@ class ChatConversations:
         return sample
 
 
-class ChatDataModule(StreamDataModule):
+class ChatDataModule(TokenDataModule):
     """Conversations for supervised fine-tuning: labels are what the assistant says.
 
     Conversations are `messages` [{role, content}], `conversations` [{from, value}] or `prompt`
@@ -134,14 +133,11 @@ class ChatDataModule(StreamDataModule):
             self.cache, self.source.name, self._conversations, self.template, self.chunk_length
         )
 
-    def prepare_data(self) -> None:
-        """Encode the conversations unless that was done; other processes wait."""
+    def write_store(self) -> None:
+        """Encode the conversations."""
         encode_conversations(
             self._path, self._conversations, self.template, self.source, self.chunk_length
         )
-        if self.store.meta["skip_report"]:
-            warnings.warn(self.store.meta["skip_report"], stacklevel=2)
-        print(", ".join(f"{name} {value}" for name, value in self.provenance.items()))
 
     @cached_property
     def store(self) -> ChatStore:
@@ -159,19 +155,8 @@ class ChatDataModule(StreamDataModule):
 
     @property
     def features(self) -> dict[str, Any]:
-        """What a model must know of the data, with the keys of `TextStreamDataModule.features`."""
-        tokenizer = self.tokenizer
-        return {
-            "vocab_size": tokenizer.vocab_size,
-            "bos_id": tokenizer.bos_id,
-            "eos_id": tokenizer.eos_id,
-            "pad_id": tokenizer.pad_id,
-            "chunk_length": self.chunk_length,
-            "tbptt": self.tbptt,
-            "mode": "chat",
-            "packing_alignment": 1,
-            "tokenizer": self.tokenizer_name,
-        }
+        """What a model must know of the data; see `describe`."""
+        return self.describe("chat", 1, self.tokenizer_name)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -190,16 +175,8 @@ class ChatDataModule(StreamDataModule):
             "val_conversations": len(validation),
         }
 
-    def setup(self, stage: str) -> None:
-        """Open the conversations, so that what is wrong with them shows before the first step."""
-        self.build_dataset("train")
-
     def build_dataset(self, stage: Stage) -> ChatConversations:
         """Training conversations for `train`, validation conversations for every other stage."""
         training, validation = self._split
         chosen = training if stage == "train" else validation
         return ChatConversations(self.store, chosen, self.chunk_length, self.tokenizer.pad_id)
-
-    def val_dataloader(self) -> StreamLoader | list[Any]:  # type: ignore[override]
-        """Validation conversations in order; an empty list with `val_fraction: 0`."""
-        return super().val_dataloader() if self.val_fraction > 0 else []

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import platform
-import warnings
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from datamodules.base import Stage, StreamDataModule
+from datamodules.base import Stage
 from datamodules.documents import Corpus, TextSource, open_corpus
-from datamodules.loader import StreamLoader
 from datamodules.splits import split_by_hash
 from datamodules.text_chunks import DocumentStreams, PackedDocuments
+from datamodules.token_data import TokenDataModule
 from datamodules.token_store import TokenStore, store_path, tokenise
 from datamodules.tokenization import Tokenizer, TokenizerConfig
 
 
-class TextStreamDataModule(StreamDataModule):
+class TextStreamDataModule(TokenDataModule):
     """Documents as tokens; the default needs no download: Python's own standard library.
 
     Documents are `[bos] text [eos]`. Labels are already shifted: `labels[t]` is the token after
@@ -117,12 +116,9 @@ class TextStreamDataModule(StreamDataModule):
     def _corpus(self) -> Corpus:
         return open_corpus(self.source)
 
-    def prepare_data(self) -> None:
-        """Tokenise the documents unless that was done; other processes wait."""
+    def write_store(self) -> None:
+        """Tokenise the documents."""
         tokenise(self._path, self._corpus, self.tokenizer_config, self.val_fraction)
-        if self.store.meta["skip_report"]:
-            warnings.warn(self.store.meta["skip_report"], stacklevel=2)
-        print(", ".join(f"{name} {value}" for name, value in self.provenance.items()))
 
     @cached_property
     def _path(self) -> Path:
@@ -173,24 +169,9 @@ class TextStreamDataModule(StreamDataModule):
 
     @property
     def features(self) -> dict[str, Any]:
-        """What a model must know of the data: plain values, stored in its checkpoints.
-
-        `vocab_size` (special tokens included), `bos_id`, `eos_id` (None where the tokenizer has
-        none), `pad_id` (a token that exists; masked wherever it stands), `chunk_length`, `tbptt`,
-        `mode`, `packing_alignment` and `tokenizer` (its kind, or the name of a pretrained one).
-        """
-        tokenizer = self.tokenizer
-        return {
-            "vocab_size": tokenizer.vocab_size,
-            "bos_id": tokenizer.bos_id,
-            "eos_id": tokenizer.eos_id,
-            "pad_id": tokenizer.pad_id,
-            "chunk_length": self.chunk_length,
-            "tbptt": self.tbptt,
-            "mode": self.mode,
-            "packing_alignment": self.alignment,
-            "tokenizer": self.tokenizer_config.name or self.tokenizer_config.kind,
-        }
+        """What a model must know of the data; see `describe`."""
+        tokenizer = self.tokenizer_config.name or self.tokenizer_config.kind
+        return self.describe(self.mode, self.alignment, tokenizer)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -218,10 +199,6 @@ class TextStreamDataModule(StreamDataModule):
         packed = self.mode == "packed"
         return {"document_alignment": self.alignment} if packed else {}
 
-    def setup(self, stage: str) -> None:
-        """Open the tokens, so that what is wrong with them shows before the first step."""
-        self.build_dataset("train")
-
     def build_dataset(self, stage: Stage) -> DocumentStreams | PackedDocuments:
         """Training documents for `train`, validation documents for every other stage."""
         training, validation = self._split
@@ -230,7 +207,3 @@ class TextStreamDataModule(StreamDataModule):
         if self.mode == "stream":
             return DocumentStreams(*common)
         return PackedDocuments(*common, self.alignment)
-
-    def val_dataloader(self) -> StreamLoader | list[Any]:  # type: ignore[override]
-        """Validation documents in order; an empty list (nothing to do) with `val_fraction: 0`."""
-        return super().val_dataloader() if self.val_fraction > 0 else []

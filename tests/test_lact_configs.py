@@ -1,27 +1,21 @@
 """LaCT's configs: run, shortened, from the command line; the large one is built on meta."""
 
-import math
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from config_cases import CONFIGS, fit_validate_resume, run_folder
 from lact_module_cases import save_pretrained
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_modules.lact import LaCTModule
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = CONFIGS / "tiny" / "text.yaml"
 SMALLER = {
     "lact_small": [],
     "lact_recall": ["--data.val_sequences", "4", "--data.train_sequences", "100"],
     "lact_stacked": ["--data.chunk_length", "512", "--model.init_args.config.num_hidden_layers=2"],
 }
-
-
-def run_folder(tmp_path: Path, name: str) -> Path:
-    return tmp_path / "runs" / name / "version_0"
 
 
 @pytest.mark.parametrize(
@@ -31,20 +25,12 @@ def test_config_fits_validates_and_goes_on_from_its_checkpoint(
     name: str, run_cli, tmp_path: Path
 ) -> None:
     options = ["--config", str(CONFIGS / f"{name}.yaml"), "--config", str(TINY), *SMALLER[name]]
-    result = run_cli("fit", *options)
-    assert result.code == 0, result.err
-    run = run_folder(tmp_path, name)
-    events = EventAccumulator(str(run)).Reload()
+    events = fit_validate_resume(run_cli, options, run_folder(tmp_path, name))
     written = set(events.Tags()["scalars"])
     assert {"train/loss", "val/loss", "val/accuracy", "throughput/tokens_per_sec"} <= written
     assert {"fast_weight/state_norm/layer_00", "fast_weight/inner_loss_after/layer_01"} <= written
     assert any(tag.startswith("position_loss/from_") for tag in written)
     assert "position_loss/curve" in events.Tags()["images"]
-    assert all(math.isfinite(e.value) for tag in written for e in events.Scalars(tag))
-    saved = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
-    assert run_cli("validate", *options, *saved).code == 0
-    resumed = run_cli("fit", *options, *saved, "--trainer.max_steps", "6")
-    assert resumed.code == 0, resumed.err
 
 
 def test_760m_has_exactly_the_published_number_of_parameters() -> None:

@@ -1,14 +1,12 @@
 """Configs of the memory bank: run, shortened, from the command line, to checkpoint and events."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
 import torch
+from config_cases import CONFIGS, fit_validate_resume, run_folder
 from lact_module_cases import save_pretrained
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_lact_configs import CONFIGS, run_folder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -28,19 +26,11 @@ def test_config_fits_validates_and_goes_on_from_its_checkpoint(
     name: str, run_cli, tmp_path: Path
 ) -> None:
     options = ["--config", str(CONFIGS / f"{name}.yaml"), "--config", str(TINY), *SMALLER[name]]
-    result = run_cli("fit", *options)
-    assert result.code == 0, result.err
-    run = run_folder(tmp_path, name)
-    events = EventAccumulator(str(run)).Reload()
+    events = fit_validate_resume(run_cli, options, run_folder(tmp_path, name))
     written = set(events.Tags()["scalars"])
     assert {"train/loss", "train/router_balance", "val/loss", "val/accuracy"} <= written
     assert all(any(tag.startswith(prefix) for tag in written) for prefix in ROUTER_TAGS)
     assert "chapter_router/load" in events.Tags()["images"]
-    assert all(math.isfinite(e.value) for tag in written for e in events.Scalars(tag))
-    saved = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
-    assert run_cli("validate", *options, *saved).code == 0
-    resumed = run_cli("fit", *options, *saved, "--trainer.max_steps", "6")
-    assert resumed.code == 0, resumed.err
 
 
 @pytest.fixture
@@ -80,13 +70,9 @@ def test_configs_of_pretrained_models_train_what_their_arm_says(
     options = ["--config", str(CONFIGS / f"{name}.yaml"), "--config", str(TINY), *pretrained]
     options += ["--data.tokenizer.kind", "bytes", "--data.tokenizer.name", "null"]
     options += ["--data.chunk_length", "64", "--model.init_args.arm", arm]
-    result = run_cli("fit", *options)
-    assert result.code == 0, result.err
-    path = run_folder(tmp_path, name) / "checkpoints" / "last.ckpt"
-    assert_checkpoint_holds(path, groups)
-    assert run_cli("validate", *options, "--ckpt_path", str(path)).code == 0
-    resumed = run_cli("fit", *options, "--ckpt_path", str(path), "--trainer.max_steps", "6")
-    assert resumed.code == 0, resumed.err
+    run = run_folder(tmp_path, name)
+    fit_validate_resume(run_cli, options, run)
+    assert_checkpoint_holds(run / "checkpoints" / "last.ckpt", groups)
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -130,11 +116,9 @@ def test_conversations_train_a_memory_in_a_pretrained_model(
         str(tmp_path / "tokenizer"),
         f"{MEMORY}router.strategy={strategy}",
     ]
-    result = run_cli("fit", *options)
-    assert result.code == 0, result.err
-    path = run_folder(tmp_path, "memory_smollm2") / "checkpoints" / "last.ckpt"
-    assert_checkpoint_holds(path, {"memory", "bank"})
-    assert run_cli("validate", *options, "--ckpt_path", str(path)).code == 0
+    run = run_folder(tmp_path, "memory_smollm2")
+    fit_validate_resume(run_cli, options, run)
+    assert_checkpoint_holds(run / "checkpoints" / "last.ckpt", {"memory", "bank"})
 
 
 def test_routing_that_reads_the_future_is_refused_on_the_command_line(run_cli) -> None:

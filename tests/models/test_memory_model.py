@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from architecture_cases import ARCHITECTURES, build_model, tokens
+from config_cases import CONFIGS
 from memory_cases import (
     CHAPTERS,
     add_memory,
@@ -15,7 +16,6 @@ from memory_cases import (
     memory_options,
     memory_parameters,
 )
-from test_lact_configs import CONFIGS
 from torch import nn
 
 from lightning_modules.adapters import as_config, inject_adapters
