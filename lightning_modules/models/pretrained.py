@@ -36,7 +36,10 @@ class PretrainedOptions:
             raise ValueError("pretrained.name is empty: give a hub id or a folder")
 
     def load(self) -> PreTrainedModel:
-        """The model, frozen unless `train` is `all`.
+        """The model in training mode, frozen unless `train` is `all`.
+
+        It is loaded in evaluation mode, which Lightning would keep: dropout, the losses of routers
+        and the recomputation of layers would silently be off.
 
         Raises:
             ValueError: nothing usable is there; the message names it.
@@ -56,7 +59,7 @@ class PretrainedOptions:
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
-        return model
+        return model.train()
 
     def load_for(self, vocab_size: int) -> PreTrainedModel:
         """`load`, for data with so many token ids.

@@ -76,6 +76,23 @@ def test_an_arm_trains_what_it_adds_and_starts_as_the_base(
     assert {module.parameter_group(key) for key in stored} == groups
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_pretrained_model_trains_in_training_mode(recompute: bool, tmp_path: Path) -> None:
+    name = save_pretrained(tmp_path)
+    options = memory_options("block", router={"balance_coefficient": 0.1})
+    pretrained = PretrainedOptions(name, gradient_checkpointing=recompute)
+    module = make_module(pretrained=pretrained, memory=options)
+    calls: list[bool] = []
+    trainer = make_trainer(tmp_path, 1)
+    module.build({**FEATURES, "vocab_size": 300})
+    layer = module.model.model.layers[0]
+    layer.input_layernorm.register_forward_hook(lambda *_: calls.append(True))
+    trainer.fit(module, make_data(tmp_path, mode="packed"))
+    # The loss of the router is there, and a layer that is recomputed runs twice.
+    assert "train/router_balance" in trainer.callback_metrics
+    assert len(calls) == (2 if recompute else 1)
+
+
 def test_groups_have_their_rates_and_banks_no_decay(tmp_path: Path) -> None:
     groups = {"bank": ParameterGroup(lr_scale=3.0), "memory": ParameterGroup(lr_scale=0.5)}
     module, trainer = make_module(groups=groups), make_trainer(tmp_path, 1)
