@@ -36,14 +36,14 @@ class _Blocks(NamedTuple):
         slot: place `(block * B + row) * m + i` of each token, `[B * T]`.
         token: the inverse, -1 if a place is empty, `[R * B * m]`.
         source: which of the N + 1 changes a block reads, `[R, B]`.
-        fresh: blocks that read the learned weights instead, `[R, B]`.
+        fresh: blocks that read the learned weights instead, `[R, B]`; None: none does.
         seen: tokens of its mini-batch up to the one in a place, `[R, B, m]`.
     """
 
     slot: Tensor
     token: Tensor
     source: Tensor
-    fresh: Tensor
+    fresh: Tensor | None
     seen: Tensor
 
 
@@ -79,7 +79,9 @@ def read_rows(q: Tensor, states: Tensor, writes: Writes | None, size: int, grid:
     queries = moved.view(-1, batch, size, group, inner).transpose(2, 3)
     rows = torch.arange(batch, device=q.device)
     changes = states[blocks.source, :, rows]
-    o = queries @ changes.masked_fill(blocks.fresh[..., None, None, None], 0)
+    if blocks.fresh is not None:
+        changes = changes.masked_fill(blocks.fresh[..., None, None, None], 0)
+    o = queries @ changes
     if writes is not None:
         source = blocks.source.clamp(max=len(writes.keys) - 1)
         keys, step, errors = (x[source, :, rows] for x in writes)
@@ -111,7 +113,7 @@ def _cut(grid: Grid, batch: int, time: int) -> _Blocks:
         slot=slot,
         token=token,
         source=source.flatten()[first],
-        fresh=fresh.flatten()[first],
+        fresh=None if grid.restart is None else fresh.flatten()[first],
         seen=torch.where(held, seen.flatten()[found].view_as(held), 0),
     )
 
