@@ -51,6 +51,18 @@ def test_torch_is_naive_with_dense_masks_and_documents(seed: int, form: str) -> 
 
 
 @every_form
+@pytest.mark.parametrize("pending", [None, *range(4)])
+def test_torch_is_naive_for_every_mask_of_seven_tokens(pending: int | None, form: str) -> None:
+    case = case_of(form, 7, batch=128, size=2)
+    bits = torch.arange(128).unsqueeze(1) >> torch.arange(7)
+    case = case.with_options(mask=(bits & 1).bool())
+    if pending is not None:
+        earlier = case_of(form, 4 + pending, batch=128, size=2, seed=1)
+        case = case.with_state(earlier.run("torch")[1])
+    assert_same(outputs(*case.run("torch")), outputs(*case.run("naive")), 1e-11, "torch")
+
+
+@every_form
 @pytest.mark.parametrize("feature", ["mask", "document_ids", "state", "group", "eps", "no_adapt"])
 def test_torch_is_naive_with_one_feature(feature: str, form: str) -> None:
     case = case_of(form, 21, batch=3, group=3 if feature == "group" else None)

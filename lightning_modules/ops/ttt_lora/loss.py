@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
+from lightning_modules.ops.ttt_eager import autocast_device
 from lightning_modules.ops.ttt_lora.checks import check_norm
 
 
@@ -22,6 +23,8 @@ def inner_loss(
 ) -> Tensor:
     """`1/2 || f(k W + b) - (v - k) ||^2` of each token, f the identity or the LayerNorm, `[B, T]`.
 
+    In float32 (float64 if k is), whatever autocast says.
+
     Args:
         k: keys, `[B, T, d]`, or `[B, T, G, d]` for a group (then the result is `[B, T, G]`).
         v: values, as k.
@@ -33,13 +36,14 @@ def inner_loss(
         ValueError: if the norm does not fit the loss.
     """
     check_norm(loss, norm_weight, norm_bias, tuple(k.shape[2:]))
-    dtype = torch.promote_types(k.dtype, torch.float32)
-    keys, target = k.to(dtype), (v - k).to(dtype)
-    if k.dim() == 4:
-        keys = keys.transpose(1, 2)
-    z = keys @ w.to(dtype) + b.to(dtype).unsqueeze(-2)
-    if k.dim() == 4:
-        z = z.transpose(1, 2)
-    if norm_weight is not None and norm_bias is not None:
-        z = torch.addcmul(norm_bias, norm_weight, layer_norm(z, z.shape[-1:], eps=norm_eps))
-    return 0.5 * (z - target).square().sum(-1)
+    dtype, grouped = torch.promote_types(k.dtype, torch.float32), k.dim() == 4
+    keys = k.to(dtype)
+    target = v.to(dtype) - keys
+    with torch.autocast(autocast_device(k.device), enabled=False):
+        inputs = keys.transpose(1, 2) if grouped else keys
+        z = inputs @ w.to(dtype) + b.to(dtype).unsqueeze(-2)
+        z = z.transpose(1, 2) if grouped else z
+        if norm_weight is not None and norm_bias is not None:
+            normalised = layer_norm(z, z.shape[-1:], eps=norm_eps)
+            z = torch.addcmul(norm_bias.to(dtype), norm_weight.to(dtype), normalised)
+        return 0.5 * (z - target).square().sum(-1)
