@@ -209,7 +209,8 @@ def open_mini_batch(
     size = tokens[0].shape[3]
     if grid is None:
         count = torch.full_like(progress.pending_count, time % size)
-        last = tuple(x[-1].permute(1, 2, 0, 3) for x in tokens)
+        # Copies: a view would keep all tokens alive as long as the state.
+        last = tuple(x[-1].permute(1, 2, 0, 3).clone() for x in tokens)
         return last if time % size else tuple(torch.zeros_like(x) for x in last), count
     count = progress.pending_count % size
     row = torch.arange(len(count), device=count.device)

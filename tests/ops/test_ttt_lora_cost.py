@@ -111,6 +111,20 @@ def test_scan_keeps_one_change_for_each_mini_batch(form: str) -> None:
 
 
 @every_form
+@pytest.mark.parametrize("group", [None, 1, 2])
+@pytest.mark.parametrize("features", [(), ("mask",), ("state",)])
+def test_state_keeps_nothing_else_alive(
+    features: tuple[str, ...], group: int | None, form: str
+) -> None:
+    case = case_of(form, 66, group=group, batch=1)
+    case = random_flags(case, 1, "mask") if "mask" in features else case
+    case = carried_state(case, 2) if "state" in features else case
+    for name, x in case.run("torch")[1]._asdict().items():
+        # dw and db are parts of one tensor
+        assert x.untyped_storage().nbytes() <= 5 * x.nbytes, name
+
+
+@every_form
 @pytest.mark.parametrize("features", [(), ("mask", "state")])
 def test_compiles_to_one_graph(features: tuple[str, ...], form: str) -> None:
     case = case_of(form, 9, group=2)

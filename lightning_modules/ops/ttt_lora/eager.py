@@ -68,8 +68,10 @@ def eager_ttt_lora(
             o = read_rows(_with_one(queries), states, writes, size, grid)
         o = o + _learned(queries, *weights)
         pending, count = open_mini_batch((k_[..., :-1], v_, eta_), time, grid, progress)
-    dw, db = states[-1].transpose(0, 1).split([q.shape[-1], 1], dim=-2)
-    new = (dw, db.squeeze(-2), *pending[:2], pending[2].squeeze(-1), count, *progress[1:])
+    # Copies: views would keep the changes of all mini-batches alive as long as the state.
+    last = states[-1].transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    dw, db = last[..., :-1, :], last[..., -1, :]
+    new = (dw, db, *pending[:2], pending[2].squeeze(-1), count, *progress[1:])
     return o.to(q.dtype), TTTLoRAState(*new)
 
 
