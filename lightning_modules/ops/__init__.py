@@ -6,18 +6,21 @@ Importing this package loads torch only.
 from lightning_modules.ops.chapter_attention import chapter_attention
 from lightning_modules.ops.lact import lact
 from lightning_modules.ops.quantize import dequantize_rows, quantize_rows
-from lightning_modules.ops.states import LaCTState, TTTLinearState, TTTMLPState
+from lightning_modules.ops.states import LaCTState, TTTLinearState, TTTLoRAState, TTTMLPState
 from lightning_modules.ops.ttt_linear import ttt_linear
+from lightning_modules.ops.ttt_lora import ttt_lora
 from lightning_modules.ops.ttt_mlp import ttt_mlp
 
 __all__ = [
     "LaCTState",
     "TTTLinearState",
+    "TTTLoRAState",
     "TTTMLPState",
     "chapter_attention",
     "dequantize_rows",
     "lact",
     "quantize_rows",
     "ttt_linear",
+    "ttt_lora",
     "ttt_mlp",
 ]

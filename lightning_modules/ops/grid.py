@@ -100,6 +100,7 @@ def plan_grid(
     size: int | None,
     pending: int,
     lazy: bool = False,
+    keep: bool = False,
 ) -> tuple[Grid, Progress]:
     """Give each token its slot. Synchronises with the device once, only if there are documents.
 
@@ -113,6 +114,8 @@ def plan_grid(
             them empty): the mini-batch size if the state is to be continued inside one, else 0.
         lazy: a mini-batch may wait until it is full; else its last token closes it. Rows that hold
             nothing then begin in step with those that hold a full one.
+        keep: the state's tokens have slots also where the call begins another document at once
+            (masked tokens before it may read them).
 
     Returns:
         The grid, and the progress after the call with a `pending_count` that is the fill of the
@@ -127,7 +130,8 @@ def plan_grid(
     position = rank - torch.where(starts, rank, -waiting.unsqueeze(1)).cummax(1).values
     inside = position if size is None else position % size
     opens = valid & (inside == 0)
-    kept = (waiting > 0) & ~(starts & (rank == 0)).any(1)
+    dropped = (starts & (rank == 0)).any(1) & (not keep)
+    kept = (waiting > 0) & ~dropped
     begun = kept | (lazy and pending > 0)
     index = opens.cumsum(1) - 1 + begun.unsqueeze(1)
     last = index[:, -1]
@@ -189,6 +193,30 @@ def _extent(
         return -(-longest // size), size
     index, longest = torch.stack([last.max(), position.max()]).tolist()
     return max(index, 0) + 1, longest + 1 if size is None else size
+
+
+def open_mini_batch(
+    tokens: tuple[Tensor, ...], time: int, grid: Grid | None, progress: Progress
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """What stays pending of `[N, H, B, m, E]`: `[B, m, H, E]`, 0 in empty slots, and the count.
+
+    Args:
+        tokens: arranged in mini-batches.
+        time: tokens of each row; only if there is no grid.
+        grid: None if all rows are cut alike.
+        progress: after the call.
+    """
+    size = tokens[0].shape[3]
+    if grid is None:
+        count = torch.full_like(progress.pending_count, time % size)
+        # Copies: a view would keep all tokens alive as long as the state.
+        last = tuple(x[-1].permute(1, 2, 0, 3).clone() for x in tokens)
+        return last if time % size else tuple(torch.zeros_like(x) for x in last), count
+    count = progress.pending_count % size
+    row = torch.arange(len(count), device=count.device)
+    index, closed = grid.last.clamp(min=0), (count == 0)[:, None, None, None]
+    found = (x.permute(0, 2, 3, 1, 4)[index, row] for x in tokens)
+    return tuple(x.masked_fill(closed, 0) for x in found), count
 
 
 def inverse(index: Tensor, length: int) -> Tensor:

@@ -69,6 +69,34 @@ class TTTMLPState(NamedTuple):
     document_id: Tensor
 
 
+class TTTLoRAState(NamedTuple):
+    """What TTT-as-LoRA carries from one call to the next.
+
+    With a group of G adapters there is an axis of them: after the rows in `dw` and `db`
+    (`[B, G, d, d]`), after the slots in what is pending (`[B, m, G, d]`).
+
+    Attributes:
+        dw: change of the weight since the document began, `W = w_base + dw`, at the start of the
+            open mini-batch, `[B, d, d]`.
+        db: change of the bias, `[B, d]`.
+        pending_k: keys of the open mini-batch, zero from `pending_count` on, `[B, m, d]`.
+        pending_v: its values, `[B, m, d]`.
+        pending_eta: its step sizes, `[B, m]`.
+        pending_count: as in `TTTLinearState`.
+        tokens_seen: as in `TTTLinearState`.
+        document_id: as in `TTTLinearState`.
+    """
+
+    dw: Tensor
+    db: Tensor
+    pending_k: Tensor
+    pending_v: Tensor
+    pending_eta: Tensor
+    pending_count: Tensor
+    tokens_seen: Tensor
+    document_id: Tensor
+
+
 class LaCTState(NamedTuple):
     """What LaCT carries from one call to the next.
 

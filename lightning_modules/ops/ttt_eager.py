@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, pad
 
-from lightning_modules.ops.grid import Grid, Progress, arrange, plan_grid, restore
+from lightning_modules.ops.grid import (
+    Grid,
+    Progress,
+    arrange,
+    open_mini_batch,
+    plan_grid,
+    restore,
+)
 
 Tensors = tuple[Tensor, ...]
 State = TypeVar("State", bound=tuple[Tensor, ...])
@@ -89,7 +96,7 @@ def run_ttt(
     The other arguments and the results are those of the op. Autocast does not apply inside.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(_autocast_device(q.device), enabled=False):
+    with torch.autocast(autocast_device(q.device), enabled=False):
         gamma, beta = norm_weight.to(dtype), norm_bias.to(dtype)
         grid, progress = _plan(q, state, options)
         size = grid.size if grid is not None else options.mini_batch_size or q.shape[1]
@@ -141,44 +148,75 @@ def add_product(base: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
     return product.unflatten(0, x.shape[:2])
 
 
-class _PredictionGradient(torch.autograd.Function):
+class NormError(NamedTuple):
+    """The gradient `G` at a prediction z, and what its derivative is made of (`norm_error`)."""
+
+    z: Tensor
+    normalised: Tensor
+    mean: Tensor
+    rstd: Tensor
+    h: Tensor
+    gradient: Tensor
+
+
+def norm_error(z: Tensor, offset: Tensor, square: Tensor, eps: float) -> NormError:
     """`G = r P h`: `h = gamma^2 zh + offset`, `r = 1 / std`, `P x = x - mean(x) - zh mean(zh x)`.
 
-    `r P x` is the backward pass of a LayerNorm without weights: one kernel. P is symmetric, so that
-    a gradient `dG` gives
+    `r P x` is the backward pass of a LayerNorm without weights: one kernel.
+    """
+    normalised, mean, rstd = torch.native_layer_norm(z, z.shape[-1:], None, None, eps)
+    h = torch.addcmul(offset, square, normalised)
+    return NormError(z, normalised, mean, rstd, h, _norm_backward(h, z, mean, rstd))
+
+
+def norm_error_backward(grad: Tensor, at: NormError, square: Tensor) -> tuple[Tensor, Tensor]:
+    """`(dz, dh)` of a gradient dG, by hand.
+
+    P is symmetric, so that
 
         dh  = r P dG
         dzh = gamma^2 dh - r (dG mean(zh h) + h mean(zh dG))
         dz  = r P dzh - r zh mean(dG G)
 
     The kernel's own derivatives would do for this, but those after it take mean and std for
-    constants: second derivatives would be wrong without a word, so they raise.
+    constants: second derivatives would be wrong without a word, so callers raise.
     """
+    z, normalised, mean, rstd, h, gradient = at
+    dh = _norm_backward(grad, z, mean, rstd)
+    along_h = (normalised * h).mean(-1, keepdim=True) * rstd
+    along_grad = (normalised * grad).mean(-1, keepdim=True) * rstd
+    dz = torch.addcmul(square * dh, grad, along_h, value=-1)
+    dz = _norm_backward(torch.addcmul(dz, h, along_grad, value=-1), z, mean, rstd)
+    scale = (grad * gradient).mean(-1, keepdim=True) * rstd
+    return torch.addcmul(dz, normalised, scale, value=-1), dh
+
+
+def refuse_second_derivatives(op: str) -> None:
+    """Raise in a backward pass that is itself to be differentiated."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"the torch backend of {op} has no second derivatives: leave out create_graph=True, "
+            "or use backend='naive'"
+        )
+
+
+class _PredictionGradient(torch.autograd.Function):
+    """`norm_error(...).gradient`, differentiable once."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, offset: Tensor, square: Tensor, eps: float) -> Tensor:
-        normalised, mean, rstd = torch.native_layer_norm(z, z.shape[-1:], None, None, eps)
-        h = torch.addcmul(offset, square, normalised)
-        gradient = _norm_backward(h, z, mean, rstd)
-        ctx.save_for_backward(z, normalised, mean, rstd, h, gradient, square)
-        return gradient
+        at = norm_error(z, offset, square, eps)
+        ctx.save_for_backward(*at, square)
+        return at.gradient
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the torch backend of TTT has no second derivatives: leave out create_graph=True, "
-                "or use backend='naive'"
-            )
-        z, normalised, mean, rstd, h, gradient, square = ctx.saved_tensors
-        dh = _norm_backward(grad, z, mean, rstd)
-        along_h = (normalised * h).mean(-1, keepdim=True) * rstd
-        along_grad = (normalised * grad).mean(-1, keepdim=True) * rstd
-        dz = torch.addcmul(square * dh, grad, along_h, value=-1)
-        dz = _norm_backward(torch.addcmul(dz, h, along_grad, value=-1), z, mean, rstd)
-        scale = (grad * gradient).mean(-1, keepdim=True) * rstd
-        dz = torch.addcmul(dz, normalised, scale, value=-1)
-        dsquare = (dh * normalised).sum((1, 2), keepdim=True) if ctx.needs_input_grad[2] else None
+        refuse_second_derivatives("TTT")
+        *at, square = ctx.saved_tensors
+        error = NormError(*at)
+        dz, dh = norm_error_backward(grad, error, square)
+        needed = ctx.needs_input_grad[2]
+        dsquare = (dh * error.normalised).sum((1, 2), keepdim=True) if needed else None
         return dz, dh, dsquare, None
 
 
@@ -223,7 +261,7 @@ def restarted(
     return [None if x is None else x.masked_fill(begins, 0) for x in changes]
 
 
-def _autocast_device(device: torch.device) -> str:
+def autocast_device(device: torch.device) -> str:
     """Device type whose autocast is switched off; meta has none.
 
     A string, and the context manager written where it is used: older dynamo breaks the graph at
@@ -326,16 +364,9 @@ def _pending(
     """
     batch, time, heads, _ = shape
     size = (options.mini_batch_size or 0) if options.causal else 0
-    if not options.causal or options.flush or (grid is None and time % size == 0):
+    if not options.causal or options.flush:
         k, v, eta = (x.new_zeros(batch, size, heads, x.shape[-1]) for x in tokens)
         count = torch.zeros_like(progress.pending_count)
-    elif grid is None:
-        k, v, eta = (x[-1].permute(1, 2, 0, 3) for x in tokens)
-        count = torch.full_like(progress.pending_count, time % size)
     else:
-        count = progress.pending_count % size
-        row = torch.arange(batch, device=count.device)
-        last, closed = grid.last.clamp(min=0), (count == 0)[:, None, None, None]
-        found = (x.permute(0, 2, 3, 1, 4)[last, row] for x in tokens)
-        k, v, eta = (x.masked_fill(closed, 0) for x in found)
+        (k, v, eta), count = open_mini_batch(tokens, time, grid, progress)
     return k, v, eta.squeeze(-1), count, progress.tokens_seen, progress.document_id

@@ -127,6 +127,10 @@ class Learner:
         """The output for q at ``W - tau_i sum_{j<=i} eta_j dl_j/dW``, i the last token written."""
         return self.model.read(self._apply(self._stepped()), q)
 
+    def read_start(self, q: Tensor) -> Tensor:
+        """The output for q at the weights with which the mini-batch started."""
+        return self.model.read(self._apply(self.delta), q)
+
     def close(self) -> None:
         """End the mini-batch: its last step becomes the state with which the next one starts."""
         self.delta = self._stepped()
@@ -229,14 +233,14 @@ def naive_ttt(
             own = tuple((w[row] if w.dim() == 4 else w).to(dtype) for w in initial)
             learner = Learner(model, own, tau)
             if state is not None:
-                _resume(learner, state, row)
+                resume(learner, state, row)
             tokens = _row_tokens(q, k, v, eta, mask, document_ids, row)
             outputs.append(_in_order(run(learner, tokens, mini_batch_size), q[row]))
             if flush:
                 learner.close()
             learners.append(learner)
     o = torch.stack(outputs).to(output_dtype)
-    return o, _pack(learners, state_class, (mini_batch_size or 0) if causal else 0, k)
+    return o, pack(learners, state_class, (mini_batch_size or 0) if causal else 0, k)
 
 
 def _row_factors(size: int | None, token_eta: Tensor | None, like: Tensor) -> Tensor:
@@ -273,7 +277,7 @@ def _in_order(outputs: dict[int, Tensor], like: Tensor) -> Tensor:
     )
 
 
-def _resume(learner: Learner, state: Any, row: int) -> None:
+def resume(learner: Learner, state: Any, row: int) -> None:
     """Continue from a carried state; the gradients of its open mini-batch are taken again."""
     learner.delta = tuple(delta[row] for delta in state[: len(learner.initial)])
     for t in range(int(state.pending_count[row])):
@@ -283,7 +287,7 @@ def _resume(learner: Learner, state: Any, row: int) -> None:
     learner.document = int(state.document_id[row])
 
 
-def _pack(
+def pack(
     learners: Sequence[Learner], state_class: Callable[..., State], size: int, like: Tensor
 ) -> State:
     """Stack the rows into a state; unused slots of the open mini-batch are zero."""
