@@ -1,28 +1,10 @@
 """In-Place TTT without a matrix for every chunk: `Z (Z_prev^T V)`, masked to pairs that count."""
 
-from typing import NamedTuple
-
-import torch
 from torch import Tensor
 
-from lightning_modules.ops.grid import Progress, document_starts
+from lightning_modules.ops.grid import Progress
+from lightning_modules.ops.in_place.places import Places, find_places
 from lightning_modules.ops.states import InPlaceState
-
-
-class Places(NamedTuple):
-    """Where every token of a call stands, and the token that would follow the call.
-
-    Attributes:
-        valid: tokens that exist, bool `[B, T]`.
-        document: documents that have begun up to each token, 0 for the state's, `[B, T + 1]`.
-        chunk: full chunks of its document before each token, `[B, T + 1]`.
-        after: the progress after the call.
-    """
-
-    valid: Tensor
-    document: Tensor
-    chunk: Tensor
-    after: Progress
 
 
 def read_history(
@@ -46,7 +28,7 @@ def read_history(
     Returns:
         `S_i z_t`, `[B, T, D]`, and the state.
     """
-    places = _places(z, size, mask, document_ids, state)
+    places = find_places(z, size, mask, document_ids, Progress.of(state, z))
     keys = z
     if mask is not None:
         hidden = ~mask.unsqueeze(-1)
@@ -76,29 +58,6 @@ def read_history(
         dw = dw + end * state.dw + done * state.pending_dw
         pending = pending + still * state.pending_dw
     return change, InPlaceState(dw, pending, *places.after)
-
-
-def _places(
-    z: Tensor,
-    size: int,
-    mask: Tensor | None,
-    document_ids: Tensor | None,
-    state: InPlaceState | None,
-) -> Places:
-    before = Progress.of(state, z)
-    valid = z.new_ones(z.shape[:2], dtype=torch.bool) if mask is None else mask
-    rank = valid.cumsum(1) - 1
-    starts, after = document_starts(valid, rank, document_ids, before)
-    waiting = -before.pending_count.unsqueeze(1)
-    begin = torch.where(starts, rank, waiting).cummax(1).values
-    document = starts.cumsum(1)
-    # Tokens of the document before this one; a masked token stands where the next one would.
-    ahead = rank + ~valid - begin
-    ahead = torch.cat([ahead, rank[:, -1:] + 1 - begin[:, -1:]], dim=1)
-    document = torch.cat([document, document[:, -1:]], dim=1)
-    chunk = ahead.div(size, rounding_mode="floor")
-    after = after._replace(pending_count=ahead[:, -1] % size)
-    return Places(valid, document, chunk, after)
 
 
 def _clipped(
