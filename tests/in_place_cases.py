@@ -19,7 +19,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "clipped_history": {"hidden": 64, "size": 48, "clip": 19.0},
     "clipped_chunks": {"hidden": 7, "size": 5, "clip": 2.0},
 }
-"""Sizes at which the torch backend takes the one or the other form, chunks of up to 3 tokens given;
+"""Sizes at which the torch backend takes the one or the other form, chunks of 2 or 3 tokens given;
 the clips are near the median of the norms."""
 
 

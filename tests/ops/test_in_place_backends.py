@@ -46,7 +46,7 @@ def test_torch_is_naive(form: str, chunk_size: int, given: tuple[str, ...]) -> N
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_are_what_they_say(form: str) -> None:
     tensors = make_case(time=5, chunk_size=3, **FORMS[form]).tensors
-    takes = [eager._makes_matrices(tensors["z"], tensors["v"], size) for size in (1, 3, 6)]
+    takes = [eager._makes_matrices(tensors["z"], tensors["v"], size) for size in (2, 3, 6)]
     assert takes == ([True, True, False] if form.endswith("chunks") else [False] * 3)
 
 

@@ -202,6 +202,33 @@ def test_packed_documents_that_differ_by_row_are_separate_runs(backend: str, for
 
 @every_form
 @every_backend
+@pytest.mark.parametrize("cuts", [[], [7], [5, 9]], ids=str)
+def test_broken_document_does_not_reach_a_later_call(
+    cuts: list[int], backend: str, form: str
+) -> None:
+    """A NaN, whether written or in the open chunk, is gone from the state with its document.
+
+    In the same call, tokens of a later document may be products of it with zero.
+    """
+    case = case_of(form, 12).with_options(
+        document_ids=torch.tensor([1] * 7 + [2] * 5).expand(2, -1)
+    )
+    later = case_of(form, 8, seed=5).with_options(document_ids=torch.full((2, 8), 2))
+    broken = {name: case.tensors[name].clone() for name in ("z", "v")}
+    for value in broken.values():
+        value[:, [1, 6]] = float("nan")
+    wrong = case.with_tensors(**broken)
+    assert wrong.tokens(slice(0, 7)).run(backend)[1].pending_dw.isnan().any()
+    _, expected = run_in_pieces(case, backend, cuts)
+    o, state = run_in_pieces(wrong, backend, cuts)
+    assert o[:, 3:7].isnan().all()
+    assert_same(state._asdict(), expected._asdict(), exact(backend), backend)
+    actual, wanted = (later.with_state(x).run(backend) for x in (state, expected))
+    assert_same(outputs(*actual), outputs(*wanted), exact(backend), backend)
+
+
+@every_form
+@every_backend
 @pytest.mark.parametrize("where", ["right", "left", "anywhere"])
 def test_padding_is_unpadded_run(where: str, backend: str, form: str) -> None:
     short, generator = case_of(form, 9), torch.Generator().manual_seed(0)

@@ -1,5 +1,6 @@
 """In-Place TTT without a matrix for every chunk: `Z (Z_prev^T V)`, masked to pairs that count."""
 
+import torch
 from torch import Tensor
 
 from lightning_modules.ops.grid import Progress
@@ -44,20 +45,56 @@ def read_history(
         scaled, opening = _clipped(keys, w, clip, mates[:, :-1], opened, places, state)
     scores = (z @ keys.mT).masked_fill(~pairs[:, :-1], 0)
     change = scores @ scaled
-    dw = (scaled * pairs[:, -1, :, None]).mT @ keys
-    pending = (w * mates[:, -1, :, None]).mT @ keys
     if state is not None and opened is not None:
-        carried = places.document == 0
-        here, later = carried, carried & (places.chunk > 0)
-        at = here.to(z.dtype).unsqueeze(-1)
-        past = later.to(z.dtype).unsqueeze(-1)
-        past = past if opening is None else past * opening
-        change = change + at[:, :-1] * (z @ state.dw.mT) + past[:, :-1] * opened
-        end, done = at[:, -1:], past[:, -1:]
-        still = (carried & (places.chunk == 0))[:, -1, None, None]
-        dw = dw + end * state.dw + done * state.pending_dw
-        pending = pending + still * state.pending_dw
+        carried, still = _carried(places)
+        past = opened if opening is None else opening * opened
+        change = change + (z @ state.dw.mT).masked_fill(~carried[:, :-1], 0)
+        change = change + past.masked_fill(~(carried & ~still)[:, :-1], 0)
+    if document_ids is not None:
+        # Masked, not multiplied by zero: a document with a NaN must not reach the next state.
+        others = ~same[:, -1].unsqueeze(-1)
+        keys, w, scaled = (x.masked_fill(others, 0) for x in (keys, w, scaled))
+    dw = (scaled * pairs[:, -1].unsqueeze(-1)).mT @ keys
+    pending = (w * mates[:, -1].unsqueeze(-1)).mT @ keys
+    if state is not None:
+        ends = document_ids is not None
+        dw, pending = _add_carried(dw, pending, opening, places, state, ends)
     return change, InPlaceState(dw, pending, *places.after)
+
+
+def _carried(places: Places) -> tuple[Tensor, Tensor]:
+    """Tokens in the state's document, and those of them in its open chunk, bool `[B, T + 1, 1]`."""
+    carried = places.document == 0
+    still = carried & (places.chunk == 0)
+    return carried.unsqueeze(-1), still.unsqueeze(-1)
+
+
+def _add_carried(
+    dw: Tensor,
+    pending: Tensor,
+    opening: Tensor | None,
+    places: Places,
+    state: InPlaceState,
+    ends: bool,
+) -> tuple[Tensor, Tensor]:
+    """The next S and open chunk, from what the call adds to them and what the state holds.
+
+    Args:
+        dw: what the call adds to S.
+        pending: what it adds to the open chunk.
+        opening: factor of the state's open chunk, `[B, 1, 1]`; None: 1.
+        places: of the call.
+        state: before the call.
+        ends: the state's document may have ended.
+    """
+    carried, still = (x[:, -1:] for x in _carried(places))
+    own_dw, own_pending = state.dw, state.pending_dw
+    if ends:
+        own_dw, own_pending = (x.masked_fill(~carried, 0) for x in (own_dw, own_pending))
+        opening = None if opening is None else opening.masked_fill(~carried, 0)
+    closed = (~still).to(dw.dtype) if opening is None else opening * ~still
+    dw = torch.addcmul(dw + own_dw, closed, own_pending)
+    return dw, torch.addcmul(pending, still.to(dw.dtype), own_pending)
 
 
 def _clipped(
@@ -75,16 +112,17 @@ def _clipped(
     and of `P + sum_i w_i z_i^T` it is `||P||^2 + 2 sum_i w_i . P z_i + sum_ij G_ij`.
     """
     products = ((w @ w.mT) * (keys @ keys.mT)).masked_fill(~mates, 0).sum(-1, keepdim=True)
-    square = mates.to(w.dtype) @ products
+    square = products.mT.expand_as(mates).masked_fill(~mates, 0).sum(-1, keepdim=True)
     if state is None or opened is None:
         return w * _factor(square, clip), None
     first = places.valid & (places.document == 0)[:, :-1] & (places.chunk == 0)[:, :-1]
-    first = first.to(w.dtype).unsqueeze(-1)
-    crossed = (w * opened).sum(-1, keepdim=True).masked_fill(first == 0, 0)
+    others = ~first.unsqueeze(-1)
+    crossed = (w * opened).sum(-1, keepdim=True).masked_fill(others, 0)
     carried = state.pending_dw.square().sum((1, 2)).view(-1, 1, 1)
     carried = carried + 2 * crossed.sum(1, keepdim=True)
-    own = (products * first).sum(1, keepdim=True)
-    return w * _factor(square + first * carried, clip), _factor(carried + own, clip)
+    own = products.masked_fill(others, 0).sum(1, keepdim=True)
+    square = square + carried.expand_as(square).masked_fill(others, 0)
+    return w * _factor(square, clip), _factor(carried + own, clip)
 
 
 def _factor(square: Tensor, clip: float) -> Tensor:
