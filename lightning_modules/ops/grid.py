@@ -126,7 +126,7 @@ def plan_grid(
     valid = like.new_ones((batch, time), dtype=torch.bool) if mask is None else mask
     rank = valid.cumsum(1) - 1
     waiting = progress.pending_count if pending else torch.zeros_like(progress.pending_count)
-    starts, progress = _documents(valid, rank, document_ids, progress)
+    starts, progress = document_starts(valid, rank, document_ids, progress)
     position = rank - torch.where(starts, rank, -waiting.unsqueeze(1)).cummax(1).values
     inside = position if size is None else position % size
     opens = valid & (inside == 0)
@@ -163,7 +163,7 @@ def _grid(slot: Tensor, first: Tensor | None, last: Tensor, shape: tuple[int, in
     return Grid(slot.flatten(), token, size, fill, last, restart)
 
 
-def _documents(
+def document_starts(
     valid: Tensor, rank: Tensor, document_ids: Tensor | None, progress: Progress
 ) -> tuple[Tensor, Progress]:
     """Tokens whose id is not that of the token before them, `[B, T]`, and the next progress."""

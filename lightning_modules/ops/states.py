@@ -146,3 +146,24 @@ class LaCTState(NamedTuple):
     updates: Tensor
     tokens_seen: Tensor
     document_id: Tensor
+
+
+class InPlaceState(NamedTuple):
+    """What In-Place TTT carries from one call to the next.
+
+    What an open chunk will add is a sum over its tokens, so that the sum stands for all of them.
+
+    Attributes:
+        dw: S, what full chunks of the document have added to the weight, `[B, D, F]`.
+        pending_dw: what the tokens of the open chunk add when it is full, not clipped,
+            `[B, D, F]`.
+        pending_count: tokens in the open chunk, `0 <= count < C` (int64, `[B]`).
+        tokens_seen: as in `TTTLinearState`.
+        document_id: as in `TTTLinearState`.
+    """
+
+    dw: Tensor
+    pending_dw: Tensor
+    pending_count: Tensor
+    tokens_seen: Tensor
+    document_id: Tensor
