@@ -31,7 +31,7 @@ class Arm:
 
 
 SCRATCH = (1e-3, 2e-3, 4e-3)
-ADAPTER = (5e-4, 1e-3, 2e-3)
+ADAPTER = (1e-3, 2e-3, 4e-3, 8e-3)
 PRODUCT_KEYS = {"num_keys": 90, "num_heads": 4, "top_k": 32, "key_width": 128}
 
 ARMS: dict[str, Arm] = {
