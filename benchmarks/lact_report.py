@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from lact_trials import TRIALS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from training_runs import Results, machines, read
+from training_runs import Results, machines, read, speed, spread, texts
 
 COLUMNS = (0, 256, 1024, 4096, 16384)
 """Positions in a file whose bins are in the table."""
@@ -51,7 +51,7 @@ def recall_table(results: Results) -> str:
         lines.append(
             f"| {name} | {TRIALS[name].about} | {mean(values):.3f} | "
             f"{', '.join(f'{value:.3f}' for value in values)} | {runs[0]['parameters']:,} | "
-            f"{_speed(runs)} |"
+            f"{speed(runs)} |"
         )
     return "\n".join(lines)
 
@@ -63,28 +63,11 @@ def text_table(results: Results) -> str:
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, runs in results.items():
         bins = [dict(map(tuple, run["by_position"])) for run in runs]
-        cells = [_spread([run["loss"] for run in runs])]
-        cells += [_spread([curve[edge] for curve in bins if edge in curve]) for edge in COLUMNS]
-        cells += [f"{runs[0]['parameters']:,}", _speed(runs)]
+        cells = [spread([run["loss"] for run in runs])]
+        cells += [spread([curve[edge] for curve in bins if edge in curve]) for edge in COLUMNS]
+        cells += [f"{runs[0]['parameters']:,}", speed(runs)]
         lines.append(f"| {name} | {TRIALS[name].about} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _spread(values: list[float]) -> str:
-    if len(values) < 2:
-        return ", ".join(f"{value:.4f}" for value in values)
-    return f"{mean(values):.4f} ± {stdev(values):.4f}"
-
-
-def _speed(runs: list[dict[str, Any]]) -> str:
-    return f"{mean(run['training']['tokens_per_second'] for run in runs):,.0f}"
-
-
-def texts(results: Results) -> list[str]:
-    """On which texts: a line for each."""
-    data = [run["data"] for runs in results.values() for run in runs if run["data"]]
-    lines = {", ".join(f"{name} {value}" for name, value in facts.items()) for facts in data}
-    return [f"Text: {line}." for line in sorted(lines)]
 
 
 def curves(results: Results, tag: str, label: str) -> Figure:

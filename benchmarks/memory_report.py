@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from memory_trials import ARMS, TRIALS, arm_of
-from training_runs import Results, machines, read
+from training_runs import Results, machines, read, speed, spread, texts
 
 ROUTER = ("load_entropy", "dead", "top_k_mass", "changed")
 """What the router did in the end, mean over layers."""
@@ -49,13 +49,13 @@ def best_table(results: Results) -> str:
     for name in best_trials(results):
         runs = results[name]
         losses = [run["loss"] for run in runs]
-        cells = [arm_of(name), ARMS[arm_of(name)].about, name.rpartition("/")[2], _spread(losses)]
+        cells = [arm_of(name), ARMS[arm_of(name)].about, name.rpartition("/")[2], spread(losses)]
         cells.append(", ".join(f"{loss:.4f}" for loss in losses))
         if forgets:
-            cells.append(_spread([run["held_out"] for run in runs]))
+            cells.append(spread([run["held_out"] for run in runs]))
         else:
             cells.append(f"{runs[0]['flops_per_token'] / 1e6:.1f}")
-        cells += [f"{runs[0]['parameters']:,}", f"{_speed(runs):,.0f}"]
+        cells += [f"{runs[0]['parameters']:,}", speed(runs)]
         cells += [_statistic(runs, statistic) for statistic in ROUTER]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -70,23 +70,6 @@ def rate_table(results: Results) -> str:
             losses = (f"{n.rpartition('/')[2]}: {r[0]['loss']:.4f}" for n, r in tried.items())
             lines.append(f"| {arm} | {', '.join(losses)} |")
     return "\n".join(lines)
-
-
-def texts(results: Results) -> list[str]:
-    """On which texts: a line for each."""
-    data = [run["data"] for runs in results.values() for run in runs if run["data"]]
-    lines = {", ".join(f"{name} {value}" for name, value in facts.items()) for facts in data}
-    return [f"Text: {line}." for line in sorted(lines)]
-
-
-def _spread(values: list[float]) -> str:
-    if len(values) < 2:
-        return ", ".join(f"{value:.4f}" for value in values)
-    return f"{mean(values):.4f} ± {stdev(values):.4f}"
-
-
-def _speed(runs: list[dict[str, Any]]) -> float:
-    return mean(run["training"]["tokens_per_second"] for run in runs)
 
 
 def _statistic(runs: Iterable[dict[str, Any]], name: str) -> str:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import yaml
@@ -215,6 +216,25 @@ def machines(results: Results, measured: str) -> list[str]:
             what = "" if complete else f": {', '.join(_shortened(names, results))}"
             lines.append(f"{title} on {place}{what}.")
     return lines
+
+
+def texts(results: Results) -> list[str]:
+    """On which texts: a line for each."""
+    data = [run["data"] for runs in results.values() for run in runs if run["data"]]
+    lines = {", ".join(f"{name} {value}" for name, value in facts.items()) for facts in data}
+    return [f"Text: {line}." for line in sorted(lines)]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation; a single value as it is."""
+    if len(values) < 2:
+        return ", ".join(f"{value:.4f}" for value in values)
+    return f"{mean(values):.4f} ± {stdev(values):.4f}"
+
+
+def speed(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Tokens per second in training, mean over runs."""
+    return f"{mean(run['training']['tokens_per_second'] for run in runs):,.0f}"
 
 
 def _shortened(names: list[str], results: Results) -> list[str]:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lightning_modules.base import Chunk, ParameterGroup, Schedule
-from lightning_modules.language import LabelMean, LanguageModule
+from lightning_modules.language import IGNORED, LabelMean, LanguageModule
 from lightning_modules.models.memory import BANKS, inject_memory
 from lightning_modules.models.memory_options import MemoryOptions
 from lightning_modules.models.pretrained import LeftOut, PretrainedOptions
@@ -203,4 +203,4 @@ class MemoryBankModule(LanguageModule):
                 for key, value in chunk.items()
             }
             losses = self.token_losses(prefix, FastState.transient())[:, -1:]
-            metric.update(losses, prefix["labels"][:, -1:] != -100)
+            metric.update(losses, prefix["labels"][:, -1:] != IGNORED)

@@ -1,11 +1,10 @@
 """Inputs and calls of the LaCT op; comparing and differentiating them is in `ttt_cases`."""
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from stream_cases import StreamCase, random_flags, run_in_pieces
 from torch import Tensor
-from ttt_cases import run_in_pieces
 
 from lightning_modules.ops.lact import lact
 from lightning_modules.ops.states import LaCTState
@@ -19,13 +18,10 @@ INPUTS = (*TOKENS[:4], *WEIGHTS)
 FLAGS = ("mask", "document_ids")
 
 
-@dataclass(frozen=True)
-class Case:
-    """Arguments of one call: `tensors` are differentiable, `options` are the other keywords."""
+class Case(StreamCase):
+    """A call of the LaCT op."""
 
-    tensors: dict[str, Tensor]
-    options: dict[str, Any]
-    state: LaCTState | None = None
+    TOKENS = TOKENS
 
     def run(self, backend: str, **options: Any) -> tuple[Tensor, LaCTState]:
         """Call the op; `options` override those of the case."""
@@ -34,36 +30,10 @@ class Case:
             *(self.tensors[name] for name in INPUTS), **{**keywords, **options}, backend=backend
         )
 
-    def with_tensors(self, **tensors: Tensor) -> "Case":
-        """The same call with other tensors."""
-        return replace(self, tensors={**self.tensors, **tensors})
-
-    def with_options(self, **options: Any) -> "Case":
-        """The same call with other keywords."""
-        return replace(self, options={**self.options, **options})
-
-    def with_state(self, state: LaCTState | None) -> "Case":
-        """The same call from another state."""
-        return replace(self, state=state)
-
-    def tokens(self, index: Any) -> "Case":
-        """The call with only some of the tokens (any index of the time axis)."""
-        return self._cut(lambda x: x[:, index])
-
-    def rows(self, index: Any) -> "Case":
-        """The call with only some of the rows."""
-        state = None if self.state is None else LaCTState(*(x[index] for x in self.state))
-        return self._cut(lambda x: x[index]).with_state(state)
-
     def heads(self, index: slice) -> "Case":
         """The call with only some of the heads, from a fresh state."""
         per_token = {n: self.tensors[n][:, :, index] for n in TOKENS if n in self.tensors}
         return self.with_tensors(**per_token, **{n: self.tensors[n][:, index] for n in WEIGHTS})
-
-    def _cut(self, cut: Any) -> "Case":
-        tensors = {name: cut(self.tensors[name]) for name in TOKENS if name in self.tensors}
-        flags = {name: cut(self.options[name]) for name in FLAGS if name in self.options}
-        return self.with_tensors(**tensors).with_options(**flags)
 
 
 def make_case(
@@ -102,21 +72,6 @@ def make_case(
     tensors["w2"] = normal(blocks, heads, hidden, size) / size**0.5
     options["chunk_size"] = chunk_size
     return Case({name: x.to(dtype) for name, x in tensors.items()}, options)
-
-
-def random_flags(case: Case, seed: int, *names: str) -> Case:
-    """Add a random `mask`, `document_ids`; with three rows, the last of the mask is all False."""
-    generator = torch.Generator().manual_seed(seed)
-    batch, time = case.tensors["q"].shape[:2]
-    flags: dict[str, Tensor] = {}
-    if "mask" in names:
-        flags["mask"] = torch.rand(batch, time, generator=generator) > 0.25
-        flags["mask"][-1] &= batch < 3
-    if "document_ids" in names:
-        starts = torch.rand(batch, time, generator=generator) < 2.5 / max(time, 5)
-        ids = 5 + starts.cumsum(1)
-        flags["document_ids"] = torch.where(ids % 2 == 0, -ids, ids)
-    return case.with_options(**flags)
 
 
 def carried_state(case: Case, seed: int, time: int = 7) -> Case:

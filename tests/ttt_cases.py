@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+from stream_cases import random_flags as random_flags
+from stream_cases import run_in_pieces as run_in_pieces
 from torch import Tensor
 
 from lightning_modules.ops import TTTLinearState, TTTMLPState, ttt_linear, ttt_mlp
@@ -134,23 +135,6 @@ def make_case(
     return Case(layer, tensors, {"mini_batch_size": mini_batch_size, "causal": causal})
 
 
-def random_flags(case: Case, seed: int, *names: str) -> Case:
-    """Add a random `mask`, `write_mask`, `document_ids`; the last row of the mask is all False."""
-    generator = torch.Generator().manual_seed(seed)
-    batch, time = case.tensors["q"].shape[:2]
-    flags: dict[str, Tensor] = {}
-    if "mask" in names:
-        flags["mask"] = torch.rand(batch, time, generator=generator) > 0.25
-        flags["mask"][-1] &= batch < 3
-    if "write_mask" in names:
-        flags["write_mask"] = torch.rand(batch, time, generator=generator) > 0.3
-    if "document_ids" in names:
-        starts = torch.rand(batch, time, generator=generator) < 2.5 / max(time, 5)
-        ids = 5 + starts.cumsum(1)
-        flags["document_ids"] = torch.where(ids % 2 == 0, -ids, ids)
-    return case.with_options(**flags)
-
-
 def carried_state(case: Case, seed: int, time: int = 7) -> Case:
     """Start the call from the state after other random tokens, a different number in each row."""
     batch, _, heads, size = case.tensors["q"].shape
@@ -256,15 +240,3 @@ def as_function(case: Case, backend: str) -> tuple[Callable[..., tuple[Tensor, .
         return o, *(x for x in floating(after).values() if x.numel())
 
     return function, leaves
-
-
-def run_in_pieces(case: Case, backend: str, cuts: list[int], **options: Any) -> tuple[Tensor, Any]:
-    """The same tokens in several calls, cut before the positions in `cuts`, state carried."""
-    time = case.tensors["q"].shape[1]
-    bounds = [0, *cuts, time]
-    parts, state = [], case.state
-    for start, stop in pairwise(bounds):
-        part = case.tokens(slice(start, stop)).with_state(state)
-        o, state = part.run(backend, **(options if stop == time else {}))
-        parts.append(o)
-    return torch.cat(parts, dim=1), state

@@ -137,8 +137,13 @@ def _memory_state(model: nn.Module) -> dict[str, Tensor]:
     """Names and tensors of banks, readers, routers and norms."""
     if not hasattr(model, "memory_options"):
         raise ValueError(f"{type(model).__name__} has no memory: call inject_memory first")
-    prefixes = (f"{BANKS}.", *(f"{layer.memory_slot}." for _, layer in memory_layers(model)))
+    prefixes = _prefixes(model)
     return {k: v.cpu() for k, v in model.state_dict().items() if k.startswith(prefixes)}
+
+
+def _prefixes(model: nn.Module) -> tuple[str, ...]:
+    """With which the names of banks, readers, routers and norms begin."""
+    return (f"{BANKS}.", *(f"{layer.memory_slot}." for _, layer in memory_layers(model)))
 
 
 def _description(model: nn.Module) -> dict[str, Any]:
@@ -162,7 +167,7 @@ def _of_base(
     model: nn.Module, tensors: Iterable[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
     """Those that were there before memory and LoRA, under the names of then."""
-    prefixes = (f"{BANKS}.", *(f"{layer.memory_slot}." for _, layer in memory_layers(model)))
+    prefixes = _prefixes(model)
     for name, tensor in tensors:
         if not name.startswith(prefixes) and "lora_" not in name:
             yield name.replace(".base_layer", ""), tensor
