@@ -32,7 +32,7 @@ def main() -> None:
     """Parse the command line and obey."""
     parser = make_parser(__doc__, ["train", "evaluate", "report"])
     parser.add_argument("--best", action="store_true", help="only the best rate of every arm")
-    parser.add_argument("--held-out", help="folder or glob of other text: what was forgotten?")
+    parser.add_argument("--held-out", help="folder or glob of other text, or `stdlib`: lost?")
     options = parser.parse_args()
     trials = TRIALS
     if options.best:
@@ -54,7 +54,10 @@ def prepare(name: str, folder: Path, options: Namespace) -> None:
     config["data"]["init_args"]["cache"] = str(options.out / "data")
     write_config(config, folder)
     if name.startswith(HELD_OUT) and options.held_out:
-        other = {"source": {"kind": "files", "path": str(Path(options.held_out).resolve())}}
+        source: dict[str, str | None] = {"kind": "stdlib", "path": None}
+        if options.held_out != "stdlib":
+            source = {"kind": "files", "path": str(Path(options.held_out).resolve())}
+        other = {"source": source}
         write_config({"data": {"init_args": other}}, folder, "held_out.yaml")
 
 

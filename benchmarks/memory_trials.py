@@ -30,8 +30,8 @@ class Arm:
     changes: dict[str, Any] = field(default_factory=dict)
 
 
-SCRATCH = (1e-3, 2e-3, 4e-3)
-ADAPTER = (1e-3, 2e-3, 4e-3, 8e-3)
+SCRATCH = (1e-3, 2e-3, 4e-3, 8e-3)
+ADAPTER = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 PRODUCT_KEYS = {"num_keys": 90, "num_heads": 4, "top_k": 32, "key_width": 128}
 
 ARMS: dict[str, Arm] = {
@@ -61,14 +61,14 @@ ARMS: dict[str, Arm] = {
     **{
         f"adapter/{arm}": Arm("memory_vs_lora", about, rates, {"model.init_args.arm": arm})
         for arm, about, rates in (
-            ("memory", "bank in a frozen SmolLM2-135M", ADAPTER),
+            ("memory", "bank in a frozen language model", ADAPTER),
             ("lora", "LoRA in it", ADAPTER),
             ("both", "both", ADAPTER),
         )
     },
     "adapter/base": Arm(
         "memory_vs_lora",
-        "SmolLM2-135M as it is (a new memory, one step at learning rate 0)",
+        "the frozen model as it is (a new memory, one step at learning rate 0)",
         (0.0,),
         {"model.init_args.arm": "memory"},
     ),

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import mean, stdev
 from typing import Any
 
@@ -144,23 +145,41 @@ def write_config(config: Mapping[str, Any], folder: Path, name: str = "config.ya
 
 
 def run_all(program: Path, options: argparse.Namespace, runs: Sequence[tuple[str, Path]]) -> None:
-    """Call `program COMMAND NAME FOLDER` for every run, some at a time.
+    """Call `program COMMAND NAME FOLDER` for every run, some at a time, spread over the GPUs.
 
     Raises:
         SystemExit: one of them failed; the message names it.
     """
+    places: SimpleQueue[int] = SimpleQueue()
+    for number in range(options.jobs):
+        places.put(number % max(1, gpu_count()))
+
+    def run(name: str, folder: Path) -> str | None:
+        gpu = places.get()
+        try:
+            return _run_one(program, options.command, name, folder, gpu)
+        finally:
+            places.put(gpu)
+
     with ThreadPoolExecutor(options.jobs) as pool:
-        done = pool.map(lambda run: _run_one(program, options.command, *run), runs)
-        failed = [name for name in done if name]
+        failed = [name for name in pool.map(lambda r: run(*r), runs) if name]
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
 
-def _run_one(program: Path, command: str, name: str, folder: Path) -> str | None:
-    """One run in a process of its own; its name if that failed."""
+def gpu_count() -> int:
+    """GPUs of this machine."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _run_one(program: Path, command: str, name: str, folder: Path, gpu: int) -> str | None:
+    """One run in a process of its own, which sees one GPU; its name if that failed."""
     began = time.time()
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": str(gpu)}
+    environment = {**os.environ, **own}
     with (folder / "output.txt").open("a") as log:
         done = subprocess.run(
             [sys.executable, str(program), command, name, str(folder)],
