@@ -26,12 +26,15 @@ models (--model NAME):
                         beside the attention of a pretrained one
   MemoryBankModule      language model that reads a learned bank, whose chapters a causal router
                         chooses, from scratch or inside a pretrained one (beside LoRA)
+  TTTLoRAModule         frozen language model with adapters that learn while they read a file:
+                        TTT-as-LoRA, In-Place TTT, or plain LoRA to compare with
 
 examples:
   python cli.py fit --config configs/quickstart.yaml
   python cli.py fit --config configs/quickstart.yaml --trainer.max_steps 50 --data.batch_size 4
   python cli.py fit --config configs/lact_small.yaml
   python cli.py fit --config configs/memory_small.yaml
+  python cli.py fit --config configs/ttt_lora_small.yaml
   python cli.py fit --config configs/quickstart.yaml --print_config
   python cli.py fit --model.help ActionExpertModule
   python cli.py fit --help

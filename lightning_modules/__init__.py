@@ -11,6 +11,7 @@ _MODULES = {
     "ActionExpertModule": "lightning_modules.action_expert",
     "LaCTModule": "lightning_modules.lact",
     "MemoryBankModule": "lightning_modules.memory_bank",
+    "TTTLoRAModule": "lightning_modules.ttt_lora",
 }
 
 __all__ = list(_MODULES)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
+from lightning_modules.layers.deep_context import refuse_missed
 from lightning_modules.streams import FastState, Slots
 
 
@@ -149,9 +150,4 @@ def check_nothing_missed(cache: Any, layer: int, who: str) -> None:
     Raises:
         ValueError: it holds some.
     """
-    if (seen := cache.get_seq_length(layer)) > 0:
-        raise ValueError(
-            f"the key-value cache holds {int(seen)} tokens that {who} would not know: generate "
-            "with past_key_values=FastStateCache(model.config) from lightning_modules.generation, "
-            "or pass fast_state="
-        )
+    refuse_missed(int(cache.get_seq_length(layer)), who)

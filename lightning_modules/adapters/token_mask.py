@@ -45,7 +45,7 @@ def pass_token_masks(model: nn.Module, attentions: Iterable[str]) -> None:
     the decoder.
     """
     for path in attentions:
-        for module in _decoders(model, path):
+        for module in decoders(model, path):
             hooks = module._forward_pre_hooks.values()
             if not any(isinstance(hook, TokenMaskHook) for hook in hooks):
                 names = inspect.signature(module.forward).parameters
@@ -65,7 +65,7 @@ def _is_padding(attention_mask: Any) -> bool:
     return isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
 
 
-def _decoders(model: nn.Module, path: str) -> list[nn.Module]:
+def decoders(model: nn.Module, path: str) -> list[nn.Module]:
     """The innermost module around an attention that takes tokens, and models of more around it.
 
     Taking tokens is: `forward` has them and `attention_mask`, and takes more keywords. Models of

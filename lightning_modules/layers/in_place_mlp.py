@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.layers.chunk_conv import ChunkConv
+from lightning_modules.layers.deep_context import DeepContext
 from lightning_modules.layers.in_place_stream import (
     InPlaceMLPState,
     Reading,
@@ -105,6 +106,7 @@ class InPlaceMLP(nn.Module):
 
     Attributes:
         slot: name of the layer in `FastState`.
+        context: of the decoder layer it is in, where what the caller does not give comes from.
 
     Args:
         mlp: with `gate_proj`, `up_proj`, `down_proj` (without bias) and `act_fn`.
@@ -115,6 +117,7 @@ class InPlaceMLP(nn.Module):
     """
 
     slot: str = ""
+    context: DeepContext | None = None
 
     def __init__(self, mlp: nn.Module, config: InPlaceConfig) -> None:
         super().__init__()
@@ -131,6 +134,7 @@ class InPlaceMLP(nn.Module):
                 "the one that learns; put other adapters on gate_proj and up_proj"
             )
         self.config = config
+        object.__setattr__(self, "base", mlp)  # not a submodule: its parts are
         for name in PARTS:
             setattr(self, name, getattr(mlp, name))
         targets = InPlaceTargets(down.out_features, config)
@@ -185,6 +189,10 @@ class InPlaceMLP(nn.Module):
                 f"target_states must have the shape of x, {list(x.shape)}, but have "
                 f"{list(targets.shape)}"
             )
+        if self.context is not None and fast_state is None:
+            fast_state = self.context.state_for(self.own_slot())
+            mask = self.context.mask if mask is None else mask
+            document_ids = self.context.document_ids if document_ids is None else document_ids
         state = None
         if fast_state is not None:
             state = fast_state.read(self.own_slot(), InPlaceMLPState)

@@ -1,0 +1,151 @@
+"""A linear layer with TTT-LoRA adapters, and the groups in which siblings compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from lightning_modules.layers.deep_context import DeepContext
+from lightning_modules.layers.ttt_lora import (
+    TTTLoRACell,
+    TTTLoRAOptions,
+    project,
+    read_and_learn,
+)
+from lightning_modules.layers.ttt_lora_statistics import publish_statistics
+from lightning_modules.ops import TTTLoRAState
+
+
+class SiblingGroup:
+    """Cells of one size whose linear layers get the same input: the first call computes for all.
+
+    Args:
+        slot: name of the group in `FastState`.
+        cells: one for each linear layer.
+        context: of the decoder layer that they are in; None: calls belong to no stream.
+    """
+
+    def __init__(self, slot: str, cells: list[TTTLoRACell], context: DeepContext | None) -> None:
+        self.slot, self.cells, self.context = slot, cells, context
+        self._call = -1
+        self._input: Tensor | None = None
+        self._read: dict[int, Tensor] = {}
+
+    def read(self, number: int, x: Tensor) -> Tensor:
+        """What the cell with this number reads, `[B, T, d]`.
+
+        Args:
+            number: of the cell.
+            x: input of its linear layer, `[B, T, in]`.
+
+        Raises:
+            ValueError: siblings are called with different inputs, or one twice.
+        """
+        if self.context is None or self._call != self.context.calls or len(self.cells) == 1:
+            self._compute(x)
+        elif self._input is not x or number not in self._read:
+            raise ValueError(
+                f"the linear layers of {self.slot} are called with different inputs, or more than "
+                "once in a call of their layer: set group_siblings=False, or leave them out of "
+                "target_modules"
+            )
+        read = self._read.pop(number)
+        if not self._read:
+            self._input = None
+        return read
+
+    def _compute(self, x: Tensor) -> None:
+        context = self.context or DeepContext()
+        handle = context.state_for(self.slot)
+        before = None if handle is None else handle.read(self.slot, TTTLoRAState)
+        inputs = project(self.cells, x)
+        read, after = read_and_learn(
+            self.cells,
+            inputs,
+            mask=context.mask,
+            document_ids=context.document_ids,
+            state=before,
+            adapt=handle is None or handle.adapt,
+        )
+        if handle is not None:
+            handle.write(self.slot, after)
+            where = (context.mask, context.document_ids)
+            publish_statistics(self.cells, handle, self.slot, inputs, *where, (before, after))
+        self._call, self._input = context.calls, x
+        self._read = dict(enumerate(read.unbind(2)))
+
+
+class TTTLoraLayer(BaseTunerLayer):
+    """What peft must know of a layer with TTT-LoRA: all weights are in `ttt_lora_cells`."""
+
+    adapter_layer_names = ("ttt_lora_cells",)
+
+
+class TTTLoraLinear(nn.Module, TTTLoraLayer):
+    """A frozen linear layer, and for each active adapter what it has learned while reading.
+
+    `y = base(x) + sum_a scaling_a theta_out_a(h_a)`, see `TTTLoRACell`. Input `[B, T, in]`.
+
+    Attributes:
+        ttt_lora_cells: adapter name -> all of its weights here.
+        ttt_lora_places: adapter name -> the group in which it computes, and its number there.
+
+    Args:
+        base_layer: an `nn.Linear`, or another method's layer around one.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        linear = self.get_base_layer()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.ttt_lora_cells = nn.ModuleDict()
+        self.ttt_lora_places: dict[str, tuple[SiblingGroup, int]] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    def add(self, adapter_name: str, inner_dim: int, options: TTTLoRAOptions) -> None:
+        """Add an adapter with new weights, like the base in device and dtype."""
+        cell = TTTLoRACell(self.in_features, self.out_features, inner_dim, options)
+        self.ttt_lora_cells[adapter_name] = cell
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base with what the active adapters add, `[B, T, out]`.
+
+        Raises:
+            ValueError: x is not a batch of rows of tokens.
+        """
+        y = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return y
+        for name in self.active_adapters:
+            if name in self.ttt_lora_cells:
+                if x.dim() != 3:
+                    raise ValueError(
+                        f"the input must be [B, T, in], but has shape {list(x.shape)}: tokens "
+                        "without rows (as MoE experts get them) have no order to learn in; leave "
+                        "such layers out of target_modules"
+                    )
+                group, number = self.ttt_lora_places[name]
+                y = self.ttt_lora_cells[name].output(y, group.read(number, x))
+        return y
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Impossible; see `refuse_merge`."""
+        refuse_merge()
+
+    def unmerge(self) -> None:
+        """Nothing was merged."""
+
+
+def refuse_merge() -> None:
+    """Raise ValueError: TTT-LoRA is no linear map."""
+    raise ValueError(
+        "TTT-LoRA cannot be merged into a linear layer: what it adds depends on what was read "
+        "before, and on the input by way of norms. Keep the adapter, or unload() it; peft's LoRA "
+        "can be merged"
+    )

@@ -1,0 +1,234 @@
+"""TTT-as-LoRA: the footprint of a LoRA, and in its middle a map that learns while it reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_modules.ops import TTTLoRAState, ttt_lora
+
+FAST = frozenset({"w_base", "b_base"})
+"""Names of the learned initial fast weights."""
+
+RATE = frozenset({"lr_gate", "lr_token"})
+"""Names of what the inner step size is learned with."""
+
+
+@dataclass(frozen=True)
+class TTTLoRAOptions:
+    """How the map in the middle learns, and how it is read.
+
+    Args:
+        mini_batch_size: tokens whose gradients are taken at the same weights: fewer adapt more
+            often and cost more steps one after the other.
+        mode: `A` reads with the weights of before the mini-batch, `B` also sees the tokens of the
+            own mini-batch up to oneself.
+        loss: `plain` squared error, or `ln`, behind the output's LayerNorm.
+        lr_gate_init: the inner step size starts at sigmoid of it, -2.0 is 0.119.
+        rate_per_token: learn the step size of every token from its input, too.
+        output_norm: LayerNorm on what is read.
+        q_residual: add the query to what is read, behind the norm.
+        scaling: factor of the adapter's output.
+    """
+
+    mini_batch_size: int = 8
+    mode: Literal["A", "B"] = "A"
+    loss: Literal["plain", "ln"] = "plain"
+    lr_gate_init: float = -2.0
+    rate_per_token: bool = False
+    output_norm: bool = True
+    q_residual: bool = False
+    scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.mini_batch_size < 1:
+            raise ValueError(f"mini_batch_size={self.mini_batch_size} must be at least 1")
+        if self.mode not in ("A", "B"):
+            raise ValueError(
+                f"mode={self.mode!r} must be A (read, then update) or B (see the own mini-batch up "
+                "to oneself): reading updated weights would be reading the future"
+            )
+        if self.loss not in ("plain", "ln"):
+            raise ValueError(f"loss={self.loss!r} must be plain or ln")
+        if self.loss == "ln" and not self.output_norm:
+            raise ValueError("loss=ln is behind the output's LayerNorm: set output_norm, or plain")
+        if self.scaling == 0:
+            raise ValueError("scaling=0 switches the adapter off: nothing would ever be learned")
+
+
+class TTTLoRACell(nn.Module):
+    """All that TTT-as-LoRA trains beside one linear layer.
+
+        k = l2norm(theta_k x),   q = l2norm(theta_q x),   v = theta_v x
+        o = q W + b,             y = y_0 + scaling theta_out(LN(o) [+ q])
+
+    where `W = w_base + dW`, `b = b_base + db`, and `dW, db` are state that the tokens write
+    (`ops.ttt_lora`) with the step `eta = sigmoid(lr_gate)`, or per token
+    `sigmoid(lr_gate + lr_token x)`. `theta_out` starts at zero, so that the layer is its base.
+
+    Parameters: `d (3 in + out) + d^2 + 3 d + 1` with the norm, and `in` more with a rate per token.
+    The learner is TTT-Linear (Sun et al., 2024, arXiv:2407.04620, section 2) in the place of LoRA's
+    rank.
+
+    Args:
+        in_features: inputs of the linear layer.
+        out_features: its outputs.
+        inner_dim: d.
+        options: how it learns.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, inner_dim: int, options: TTTLoRAOptions
+    ) -> None:
+        super().__init__()
+        if inner_dim < 1:
+            raise ValueError(f"inner_dim={inner_dim} must be at least 1")
+        self.options = options
+        self.theta_k = nn.Linear(in_features, inner_dim, bias=False)
+        self.theta_q = nn.Linear(in_features, inner_dim, bias=False)
+        self.theta_v = nn.Linear(in_features, inner_dim, bias=False)
+        self.w_base = nn.Parameter(torch.empty(inner_dim, inner_dim))
+        self.b_base = nn.Parameter(torch.empty(inner_dim))
+        self.norm = nn.LayerNorm(inner_dim) if options.output_norm else None
+        self.lr_gate = nn.Parameter(torch.empty(1))
+        self.lr_token = nn.Linear(in_features, 1, bias=False) if options.rate_per_token else None
+        self.theta_out = nn.Linear(inner_dim, out_features, bias=False)
+        self.reset_parameters()
+
+    @property
+    def inner_dim(self) -> int:
+        """d."""
+        return len(self.b_base)
+
+    def reset_parameters(self) -> None:
+        """Projections as LoRA's A, a small fast weight, and an output of zero."""
+        for theta in (self.theta_k, self.theta_q, self.theta_v):
+            nn.init.kaiming_uniform_(theta.weight, a=math.sqrt(5))
+        nn.init.normal_(self.w_base, std=0.02)
+        nn.init.zeros_(self.b_base)
+        nn.init.constant_(self.lr_gate, self.options.lr_gate_init)
+        for layer in (self.lr_token, self.theta_out):
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
+        if self.norm is not None:
+            self.norm.reset_parameters()
+
+    def output(self, y: Tensor, read: Tensor) -> Tensor:
+        """`y + scaling theta_out(read)`.
+
+        Args:
+            y: output of the linear layer, `[B, T, out]`.
+            read: what was read, `[B, T, d]`.
+        """
+        weight = self.theta_out.weight.to(y.dtype)
+        rows = torch.addmm(
+            y.flatten(0, 1),
+            read.to(y.dtype).flatten(0, 1),
+            weight.t(),
+            alpha=self.options.scaling,
+        )
+        return rows.view_as(y)
+
+
+class Inputs(NamedTuple):
+    """What the learners of a group are given.
+
+    Attributes:
+        k: keys, normalised, `[B, T, G, d]`.
+        q: queries, normalised.
+        v: values.
+        eta: step sizes, `[G]`, or `[B, T, G]` with a rate per token.
+    """
+
+    k: Tensor
+    q: Tensor
+    v: Tensor
+    eta: Tensor
+
+
+def project(cells: Sequence[TTTLoRACell], x: Tensor) -> Inputs:
+    """Keys, queries, values and step sizes of G cells, by one matrix product.
+
+    Args:
+        cells: of one size and equal options, of linear layers that get the same input.
+        x: their input, `[B, T, in]`.
+
+    Returns:
+        In float32 (float64 if x is): only the product is computed in the dtype of x.
+    """
+    count, size = len(cells), cells[0].inner_dim
+    maps = [getattr(cell, name) for name in ("theta_k", "theta_q", "theta_v") for cell in cells]
+    rates = [cell.lr_token for cell in cells if cell.lr_token is not None]
+    weight = torch.cat([layer.weight for layer in (*maps, *rates)]).to(x.dtype)
+    projected = F.linear(x, weight)
+    projected = projected.to(torch.promote_types(projected.dtype, torch.float32))
+    inner, rate = projected.split([3 * count * size, len(rates)], dim=-1)
+    k, q, v = inner.unflatten(-1, (3, count, size)).unbind(2)
+    gate = torch.cat([cell.lr_gate for cell in cells]).to(projected.dtype)
+    eta = torch.sigmoid(gate + rate if rates else gate)
+    return Inputs(F.normalize(k, dim=-1, eps=1e-12), F.normalize(q, dim=-1, eps=1e-12), v, eta)
+
+
+def read_and_learn(
+    cells: Sequence[TTTLoRACell],
+    inputs: Inputs,
+    *,
+    mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    state: TTTLoRAState | None = None,
+    adapt: bool = True,
+) -> tuple[Tensor, TTTLoRAState]:
+    """Read tokens with the fast weights of G cells, and let the tokens write into them.
+
+    Args:
+        cells: as in `project`.
+        inputs: of the call.
+        mask: tokens that exist, bool `[B, T]`; None: all.
+        document_ids: `[B, T]`; None: one document without end.
+        state: with an axis of G (`ops.TTTLoRAState`); None: fresh.
+        adapt: False reads without writing.
+
+    Returns:
+        For `TTTLoRACell.output`, `[B, T, G, d]`, and the state after the last token.
+    """
+    options, norm = cells[0].options, stacked_norm(cells)
+    o, after = ttt_lora(
+        *(inputs.q, inputs.k, inputs.v, inputs.eta),
+        *(torch.stack([getattr(cell, name) for cell in cells]) for name in ("w_base", "b_base")),
+        mini_batch_size=options.mini_batch_size,
+        mode=options.mode,
+        loss=options.loss,
+        mask=mask,
+        document_ids=document_ids,
+        state=state,
+        adapt=adapt,
+        **loss_norm(cells),
+    )
+    if norm is not None:
+        scale, shift, eps = norm
+        normed = F.layer_norm(o, o.shape[-1:], eps=eps)
+        o = torch.addcmul(shift.to(o.dtype), normed, scale.to(o.dtype))
+    return o + inputs.q if options.q_residual else o, after
+
+
+def stacked_norm(cells: Sequence[TTTLoRACell]) -> tuple[Tensor, Tensor, float] | None:
+    """Scale and shift `[G, d]` of the output norms, and what is added to the variance."""
+    norms = [cell.norm for cell in cells if cell.norm is not None]
+    if not norms:
+        return None
+    scale, shift = (torch.stack([getattr(n, x) for n in norms]) for x in ("weight", "bias"))
+    return scale, shift, norms[0].eps
+
+
+def loss_norm(cells: Sequence[TTTLoRACell]) -> dict[str, Any]:
+    """The norm's arguments of `ops.ttt_lora` and `inner_loss`; none if the loss is plain."""
+    norm = stacked_norm(cells)
+    if cells[0].options.loss == "plain" or norm is None:
+        return {}
+    return dict(zip(("norm_weight", "norm_bias", "norm_eps"), norm, strict=True))

@@ -1,0 +1,77 @@
+"""What TTT-as-LoRA tells the monitors about its fast weights and its inner objective."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_modules.layers.ttt_lora import Inputs, TTTLoRACell, loss_norm
+from lightning_modules.ops import TTTLoRAState
+from lightning_modules.ops.ttt_lora import inner_loss
+
+if TYPE_CHECKING:
+    from lightning_modules.streams import FastState
+
+
+@torch.no_grad()
+def publish_statistics(
+    cells: Sequence[TTTLoRACell],
+    fast_state: FastState,
+    slot: str,
+    inputs: Inputs,
+    mask: Tensor | None,
+    document_ids: Tensor | None,
+    states: tuple[TTTLoRAState | None, TTTLoRAState],
+) -> None:
+    """Publish the topics that a monitor listens to: `fast_weight` and `inner_loss`.
+
+    Args:
+        cells: of a group of G.
+        fast_state: where to publish.
+        slot: of the group.
+        inputs: of the call.
+        mask: tokens that exist, `[B, T]`; None: all.
+        document_ids: `[B, T]`; None: one document.
+        states: before the call (None: fresh) and after it.
+    """
+    before, after = states
+    w_base = torch.stack([cell.w_base for cell in cells])
+    exists = torch.ones_like(inputs.k[..., 0, 0], dtype=torch.bool) if mask is None else mask
+    if fast_state.listens("fast_weight"):
+        weight, delta = w_base.flatten(1).to(after.dw.dtype), after.dw.flatten(2)
+        fast_state.publish(
+            "fast_weight",
+            slot,
+            eta=inputs.eta.expand(inputs.k.shape[:3]) * exists.unsqueeze(-1),
+            state_norm=delta.norm(dim=-1),
+            weight_norm=weight.norm(dim=-1),
+            cosine=F.cosine_similarity(weight + delta, weight.unsqueeze(0), dim=-1),
+        )
+    if fast_state.listens("inner_loss"):
+        # Only a row's last document counts, as only its weights are in the state.
+        if document_ids is not None:
+            exists = exists & (document_ids == after.document_id.unsqueeze(1))
+        values = {"after": _mean_loss(cells, inputs, after, exists)}
+        if before is not None and document_ids is not None:
+            goes_on = before.document_id == after.document_id
+            before = before._replace(
+                dw=before.dw * goes_on.view(-1, 1, 1, 1), db=before.db * goes_on.view(-1, 1, 1)
+            )
+        values["before"] = _mean_loss(cells, inputs, before, exists)
+        fast_state.publish("inner_loss", slot, **values)
+
+
+def _mean_loss(
+    cells: Sequence[TTTLoRACell], inputs: Inputs, state: TTTLoRAState | None, exists: Tensor
+) -> Tensor:
+    """Mean inner objective of the call's tokens at the weights of a state, `[B, G]`."""
+    w, b = (torch.stack([getattr(cell, n) for cell in cells]) for n in ("w_base", "b_base"))
+    if state is not None:
+        w, b = w.to(state.dw.dtype) + state.dw, b.to(state.db.dtype) + state.db
+    losses = inner_loss(inputs.k, inputs.v, w, b, loss=cells[0].options.loss, **loss_norm(cells))
+    total = torch.where(exists.unsqueeze(-1), losses, 0.0).sum(1)
+    return total / exists.sum(1).clamp(min=1).unsqueeze(-1)

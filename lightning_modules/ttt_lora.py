@@ -1,0 +1,153 @@
+"""TTT-as-LoRA: adapters of a frozen language model that learn while they read a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import asdict
+from typing import Any, Literal
+
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lightning_modules.base import ParameterGroup, Schedule
+from lightning_modules.language import LanguageModule
+from lightning_modules.models.in_place import InPlaceOptions
+from lightning_modules.models.pretrained import LeftOut, PretrainedOptions
+from lightning_modules.models.projection_lora import ProjectionLoRA
+from lightning_modules.models.ttt_lora import (
+    GROUPS,
+    METHODS,
+    Method,
+    TTTLoRAPlacement,
+    inject_method,
+    parameter_group,
+)
+
+
+class TTTLoRAModule(LanguageModule):
+    """Language model with adapters that learn while they read: TTT-LoRA or In-Place TTT, or LoRA.
+
+    TTT-LoRA puts a small map between two projections of every linear layer, where LoRA has a
+    rank; each mini-batch of tokens takes a gradient step on it, row by row,
+    `W <- W - eta/m sum_t k_t^T (k_t W + b - (v_t - k_t))`. In-Place TTT adds `eta V^T Z` of every chunk to the down projection
+    of an MLP (arXiv:2604.06169). With `fast_state: carry` what was learned goes on through a file
+    and is forgotten where another begins. The model starts exactly as its base.
+
+    Args:
+        optimizer: e.g. `{class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}`.
+        method: what is added: `none`, `lora`, `ttt_lora`, `in_place`, or `ttt_lora+lora`.
+        pretrained: the language model to adapt.
+        config: instead, entries of the transformers configuration of a model from scratch, e.g.
+            `{model_type: llama, hidden_size: 256, ...}`, all of which is trained with its
+            adapters; the vocabulary comes from the data.
+        ttt_lora: of the methods `ttt_lora` and `ttt_lora+lora`.
+        in_place: of the method `in_place`.
+        lora: of the methods `lora` and `ttt_lora+lora`; peft's.
+        fast_state: `carry` goes on from chunk to chunk of a file, `reset` starts every chunk
+            afresh.
+        compile_model: run the model through `torch.compile`, in place.
+        schedule: learning rate over the run.
+        groups: options of the parameter groups `base`, `theta` (projections and norms of
+            TTT-LoRA), `fast` (its learned initial fast weights), `gate` (its step sizes),
+            `in_place` and `lora`.
+
+    Raises:
+        ValueError: neither or both of config and pretrained, or data that does not fit.
+    """
+
+    GROUPS = GROUPS
+    DATA_MODULES = ("TextStreamDataModule", "ChatDataModule", "RecallDataModule")
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable,
+        method: Method = "ttt_lora",
+        pretrained: PretrainedOptions | None = None,
+        config: dict[str, Any] | None = None,
+        ttt_lora: TTTLoRAPlacement | None = None,
+        in_place: InPlaceOptions | None = None,
+        lora: ProjectionLoRA | None = None,
+        fast_state: Literal["carry", "reset"] = "carry",
+        compile_model: bool = False,
+        schedule: Schedule | None = None,
+        groups: dict[str, ParameterGroup] | None = None,
+    ) -> None:
+        super().__init__(optimizer, fast_state, compile_model, schedule, groups)
+        if (config is None) == (pretrained is None):
+            raise ValueError(
+                "give either pretrained (a model to adapt) or config (a model from scratch)"
+            )
+        if config is not None and "model_type" not in config:
+            raise ValueError("config needs model_type, e.g. llama or qwen3")
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}; choose {', '.join(METHODS)}")
+        self.method = method
+        self.pretrained = pretrained
+        self.config = config
+        self.ttt_lora = ttt_lora or TTTLoRAPlacement()
+        self.in_place = in_place or InPlaceOptions()
+        self.lora = lora or ProjectionLoRA()
+
+    def options(self) -> dict[str, Any]:
+        """Options that a checkpoint must agree with."""
+        return {
+            "method": self.method,
+            "pretrained": None if self.pretrained is None else asdict(self.pretrained),
+            "config": self.config,
+            "ttt_lora": asdict(self.ttt_lora),
+            "in_place": asdict(self.in_place),
+            "lora": asdict(self.lora),
+        }
+
+    def check(self, features: Mapping[str, Any]) -> None:
+        """Raise a ValueError if no gradient could ever reach what writes."""
+        if self.method.startswith("ttt_lora"):
+            learner = self.ttt_lora.learner
+            name, size = "ttt_lora.learner.mini_batch_size", learner.mini_batch_size
+            if learner.mode == "B":
+                return  # reads its own mini-batch, too
+        elif self.method == "in_place":
+            name, size = "in_place.layer.chunk_size", self.in_place.layer.chunk_size
+        else:
+            return
+        carried = self.streams.persistent and features["mode"] == "stream"
+        read = features["chunk_length"] * (features["tbptt"] if carried else 1)
+        advice = f"raise the DataModule's chunk_length or tbptt, or lower {name}"
+        if read <= size:
+            raise ValueError(
+                f"a step reads {read} tokens of a file (chunk_length x tbptt), no more than "
+                f"{name}={size}: nothing that is written is read inside the step, so that what "
+                f"writes would never learn; {advice}"
+            )
+        if read < 2 * size:
+            rank_zero_warn(
+                f"a step reads {read} tokens of a file, less than twice {name}={size}: little of "
+                f"what is written is read inside the step; {advice}"
+            )
+
+    def build_model(self, features: Mapping[str, Any]) -> PreTrainedModel:
+        """The base, with what the method adds."""
+        if self.pretrained is None:
+            sizes = deepcopy(self.config) | {"vocab_size": features["vocab_size"]}
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes))
+            frozen = []
+        else:
+            model = self.pretrained.load_for(features["vocab_size"])
+            frozen = [p for p in model.parameters() if not p.requires_grad]
+            self.left_out = LeftOut(model)
+        inject_method(model, self.method, self.ttt_lora, self.in_place, self.lora)
+        model.requires_grad_(True)  # peft freezes the base, also where all of it is trained
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        return model
+
+    def parameter_group(self, name: str) -> str:
+        """One of `GROUPS`, see `models.ttt_lora.parameter_group`."""
+        return parameter_group(name)
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Matrices decay; norms, biases and the learned initial fast weights do not."""
+        return super().decays(name, parameter) and self.parameter_group(name) != "fast"
