@@ -32,9 +32,10 @@ class TTTLoRAModule(LanguageModule):
 
     TTT-LoRA puts a small map between two projections of every linear layer, where LoRA has a
     rank; each mini-batch of tokens takes a gradient step on it, row by row,
-    `W <- W - eta/m sum_t k_t^T (k_t W + b - (v_t - k_t))`. In-Place TTT adds `eta V^T Z` of every chunk to the down projection
-    of an MLP (arXiv:2604.06169). With `fast_state: carry` what was learned goes on through a file
-    and is forgotten where another begins. The model starts exactly as its base.
+    `W <- W - eta/m sum_t k_t^T (k_t W + b - (v_t - k_t))`. In-Place TTT adds `eta V^T Z` of every
+    chunk to the down projection of an MLP (arXiv:2604.06169). With `fast_state: carry` what was
+    learned goes on through a file and is forgotten where another begins. The model starts exactly
+    as its base.
 
     Args:
         optimizer: e.g. `{class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}`.
