@@ -38,6 +38,8 @@ def publish_statistics(
         document_ids: `[B, T]`; None: one document.
         states: before the call (None: fresh) and after it.
     """
+    if not (fast_state.listens("fast_weight") or fast_state.listens("inner_loss")):
+        return
     before, after = states
     w_base = torch.stack([cell.w_base for cell in cells])
     exists = torch.ones_like(inputs.k[..., 0, 0], dtype=torch.bool) if mask is None else mask
