@@ -72,13 +72,25 @@ def test_shapes_need_no_data(form: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["A", "B"])
-def test_plain_mini_batch_costs_two_operations_forward_and_three_backward(mode: str) -> None:
+@pytest.mark.parametrize(
+    "times, forward, backward",
+    [
+        # 2 and 7 mini-batches, in turn: two operations each, and three backward
+        ((8, 28), 5 * 2, 5 * 3),
+        # 16 and 64, in blocks: 4 steps of 4 blocks, and 8 of 8
+        ((64, 256), 2 * 8 - 2 * 4, 2 * 8 - 2 * 4),
+    ],
+    ids=["few", "many"],
+)
+def test_more_plain_mini_batches_cost_two_or_three_operations_each_or_their_root(
+    times: tuple[int, int], forward: int, backward: int, mode: str
+) -> None:
     def more(backward: bool) -> int:
-        short, long = (case_of(f"{mode}_plain", time, group=2) for time in (16, 56))
+        short, long = (case_of(f"{mode}_plain", time, group=2) for time in times)
         return operations(long, backward) - operations(short, backward)
 
-    assert more(False) == 10 * 2
-    assert more(True) == 10 * 3
+    assert more(False) == forward
+    assert more(True) == backward
 
 
 @every_form

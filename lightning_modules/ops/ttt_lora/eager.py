@@ -52,12 +52,10 @@ def eager_ttt_lora(
         rates = rates if adapt else torch.zeros_like(rates)
         keys, values, rates = _tokens(k.to(dtype), v.to(dtype), rates, mask, state)
         weights = (w_base.to(dtype), b_base.to(dtype))
-        k_, v_, eta_, z_ = (
-            arrange(x, size, grid).contiguous()
-            for x in (_with_one(keys), values, rates, _learned(keys, *weights))
-        )
+        tokens = (keys, torch.ones_like(rates), values, rates, _learned(keys, *weights))
+        k_, v_, eta_, z_ = _mini_batches(tokens, size, grid)
         target, step = v_ - k_[..., :-1], eta_ / -size
-        scaled = step * _closed(grid, time, size, eta_).to(dtype)[..., None, None] * k_
+        scaled = step * _closed(grid, time, size, eta_)[..., None, None] * k_
         restart = None if grid is None else grid.restart
         start = _change(state, w_base, q.shape[0], dtype)
         states, errors = scan(k_, scaled, z_, target, start, restart, _norm(norm, norm_eps, dtype))
@@ -103,6 +101,21 @@ def _tokens(
         torch.cat([state.pending_v.to(k.dtype), v], dim=1),
         torch.cat([state.pending_eta.to(k.dtype).unsqueeze(-1), eta], dim=1),
     )
+
+
+def _mini_batches(tokens: tuple[Tensor, ...], size: int, grid: Grid | None) -> tuple[Tensor, ...]:
+    """k~, v, eta and the learned predictions of tokens `[B, S, G, E]`, `[N, G, B, m, E]`.
+
+    One rearrangement for all of them, since each has launches of its own.
+
+    Args:
+        tokens: k, 1, v, eta, predictions.
+        size: m.
+        grid: None if all rows are cut alike.
+    """
+    d = tokens[0].shape[-1]
+    together = arrange(torch.cat(tokens, dim=-1), size, grid)
+    return tuple(x.contiguous() for x in together.split([d + 1, d, 1, d], dim=-1))
 
 
 def _with_one(x: Tensor) -> Tensor:
