@@ -185,6 +185,19 @@ def test_more_rows_than_one_cannot_be_attached() -> None:
         StreamState().attach({"a": {"total": torch.zeros(2, 1)}})
 
 
+def test_what_is_attached_goes_to_the_device_of_the_chunks_once() -> None:
+    streams, copies = StreamState(), []
+    streams.attach(one_row(a=10.0))
+    for c in (chunk(), chunk((7, 9), (1, 0))):
+        streams.begin_step("train")
+        handle = streams.begin({k: v if k == "plan" else v.to("meta") for k, v in c.items()})
+        assert handle.read("a", Sum).total.device.type == "meta"
+        copies.append(streams._starts[None]["a"]["total"])
+        handle.write("a", handle.read("a", Sum))
+        streams.commit()
+    assert copies[0] is copies[1]
+
+
 def test_nothing_waits_for_the_device() -> None:
     streams = StreamState()
     streams.attach(one_row(a=10.0, c=1.0))
