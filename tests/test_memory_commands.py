@@ -25,6 +25,7 @@ def loss_of(folder: Path) -> float:
     return EventAccumulator(str(folder)).Reload().Scalars("val/loss")[-1].value
 
 
+@pytest.mark.slow
 def test_validate_saves_memories_and_a_later_run_attaches_one(run_cli, tmp_path: Path) -> None:
     options = ["--config", str(CONFIGS / "lact_small.yaml")]
     options += ["--config", str(CONFIGS / "tiny" / "text.yaml")]
