@@ -1,4 +1,4 @@
-"""Callbacks: stream state, monitors, evaluation in closed loop, averaged weights, predictions."""
+"""Callbacks: stream state, memory files, monitors, closed loop, averaged weights, predictions."""
 
 from callbacks.adapter_switch import AdapterByStage
 from callbacks.closed_loop import ClosedLoopEvaluation
@@ -10,6 +10,7 @@ from callbacks.position_loss import PositionLossMonitor
 from callbacks.prediction_writer import PredictionWriter
 from callbacks.router import RouterMonitor
 from callbacks.stream_checkpoint import StreamStateCheckpoint
+from callbacks.stream_memory import StreamMemoryFiles
 from callbacks.throughput import Throughput
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "PositionLossMonitor",
     "PredictionWriter",
     "RouterMonitor",
+    "StreamMemoryFiles",
     "StreamStateCheckpoint",
     "Throughput",
 ]

@@ -36,7 +36,8 @@ class FastStateCache(DynamicCache):
     Args:
         config: of the model, or of its decoder; says which layers attend to a sliding window.
         slots: fast state with which the first row of tokens is read, slot -> field -> `[B, ...]`:
-            `StreamState.slots(...)`, or `slots` of another cache. None starts fresh.
+            `StreamState.slots(...)`, `slots` of another cache, or what another run has read:
+            `StreamMemory.load(path, model).rows(B, model.device)`. None starts fresh.
         adapt: False reads the fast state without writing.
     """
 

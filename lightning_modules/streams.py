@@ -8,7 +8,8 @@ and recomputation under activation checkpointing sees what the first forward saw
 
 `StreamState` chains the handles of the k chunks of a step (truncated backpropagation through
 time runs through them), keeps what is committed between steps, and checks on the host that
-rows really continue the file they continue.
+rows really continue the file they continue. What a stream has learned can be taken out when its
+file ends, and others can begin with it (`stream_memory.StreamMemory`).
 
 Every state is a NamedTuple of tensors whose first dimension is the row and for which **all zeros
 means fresh**: states are deltas from the learned initial weights, so a reset is a multiplication
@@ -17,248 +18,47 @@ by zero and the learned part keeps its gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Slots = dict[str, dict[str, Tensor]]
-Published = dict[str, dict[str, dict[str, Tensor]]]
-StateT = TypeVar("StateT", bound=tuple[Any, ...])
+from lightning_modules.fast_state import FastState, Published
+from lightning_modules.slots import (
+    Slots,
+    check_one_row,
+    map_fields,
+    merge_rows,
+    repeat_row,
+    reset_rows,
+    row_of,
+    select_rows,
+)
+from lightning_modules.stream_rows import (
+    NO_STREAM,
+    Namespace,
+    Rows,
+    StreamCounts,
+    StreamGapError,
+    StreamPlan,
+)
 
-NO_STREAM = -1
-"""Stream id of a row that has run out of files: it counts nowhere and is always fresh."""
+__all__ = [
+    "NO_STREAM",
+    "FastState",
+    "Published",
+    "Slots",
+    "StreamCounts",
+    "StreamGapError",
+    "StreamPlan",
+    "StreamState",
+    "merge_rows",
+    "reset_rows",
+    "select_rows",
+]
 
-
-class StreamPlan(NamedTuple):
-    """What the host knows of a chunk's rows, so that no check has to wait for the device."""
-
-    stream_id: tuple[int, ...]
-    chunk_index: tuple[int, ...]
-    is_first: tuple[bool, ...]
-
-    @classmethod
-    def of(cls, chunk: Mapping[str, Any]) -> StreamPlan:
-        """The plan that collate put into the chunk, or one read from its tensors (one wait)."""
-        if "plan" in chunk:
-            return cls(*chunk["plan"])
-        return cls(*(tuple(chunk[name].tolist()) for name in cls._fields))
-
-
-class StreamGapError(ValueError):
-    """A row continues a file at another place than where its state stands."""
-
-
-def reset_rows(slots: Slots, rows: Tensor) -> Slots:
-    """Zero the rows where `rows [B]` (bool) is true; differentiable, nothing waits.
-
-    Returns new tensors; the others' rows keep their values and their graph.
-    """
-
-    def zero(value: Tensor) -> Tensor:
-        mask = rows.to(value.device).view(-1, *[1] * (value.dim() - 1))
-        return torch.where(mask, torch.zeros_like(value), value)
-
-    return _map_fields(slots, zero)
-
-
-def select_rows(slots: Slots, rows: Tensor) -> Slots:
-    """The given rows (`[n]` int64) of every slot, in that order."""
-    return _map_fields(slots, lambda value: value.index_select(0, rows.to(value.device)))
-
-
-def merge_rows(slots: Slots, rows: Tensor, update: Slots, size: int | None = None) -> Slots:
-    """Replace the given rows (`[n]` int64) of every slot by `update`, whose slots have n rows.
-
-    Args:
-        slots: state of all rows.
-        rows: which rows.
-        update: their new state. A slot that only `update` has (of a layer that now wrote for the
-            first time) is fresh in the other rows.
-        size: number of all rows; None takes that of `slots`, or n where there are none.
-    """
-    if size is None:
-        known = [len(value) for fields in slots.values() for value in fields.values()]
-        size = known[0] if known else len(rows)
-    merged = dict(slots)
-    for slot, fields in update.items():
-        old = slots.get(slot, {})
-        merged[slot] = {
-            name: old.get(name, value.new_zeros(size, *value.shape[1:])).index_copy(
-                0, rows.to(value.device), value
-            )
-            for name, value in fields.items()
-        }
-    return merged
-
-
-def _map_fields(slots: Slots, function: Callable[[Tensor], Tensor]) -> Slots:
-    return {
-        slot: {name: function(value) for name, value in fields.items()}
-        for slot, fields in slots.items()
-    }
-
-
-class FastState:
-    """Handle on the fast state of one chunk, one slot per layer with fast weights.
-
-    Args:
-        incoming: state with which the chunk begins, slot -> field -> `[B, ...]`.
-        adapt: False reads the state without writing: layers leave their fast weights alone.
-        listening: topics for which a monitor wants statistics (see `publish`).
-        reading: where readers that do not adapt stand (see `reading`), shaped as `incoming`.
-        live: rows that have a file, bool `[B]`; None for all. The others count in no loss.
-    """
-
-    def __init__(
-        self,
-        incoming: Slots | None = None,
-        *,
-        adapt: bool = True,
-        listening: Iterable[str] = frozenset(),
-        reading: Slots | None = None,
-        live: Tensor | None = None,
-    ) -> None:
-        self.adapt = adapt
-        self.live = live
-        self.published: Published = {}
-        self.losses: dict[str, dict[str, Tensor]] = {}
-        self._incoming: Slots = incoming or {}
-        self._reading: Slots = {} if adapt else reading or {}
-        self._outgoing: Slots = {}
-        self._listening = frozenset(listening)
-
-    @classmethod
-    def transient(cls, listening: Iterable[str] = frozenset()) -> FastState:
-        """A handle that belongs to no stream: starts fresh and is never committed."""
-        return cls(listening=listening)
-
-    def read(self, slot: str, state_class: type[StateT]) -> StateT | None:
-        """State of `slot` at the beginning of this chunk; None means fresh."""
-        fields = self._reading.get(slot, self._incoming.get(slot))
-        return None if fields is None else state_class(**fields)
-
-    def write(self, slot: str, state: Any) -> None:
-        """Set the state of `slot` for the next chunk. The last write wins.
-
-        Without `adapt` it is what later readers go on from (see `reading`), and nothing else.
-        """
-        self._outgoing[slot] = state._asdict()
-
-    @property
-    def outgoing(self) -> Slots:
-        """State after this chunk: what was written, and what was not touched."""
-        return {**self._incoming, **self._outgoing} if self.adapt else self._incoming
-
-    @property
-    def reading(self) -> Slots:
-        """Where readers that do not adapt stand after this chunk; empty with `adapt`.
-
-        What was learned stays, but who reads on inside a mini-batch stands elsewhere in it: its
-        positions have moved, and it may have closed the mini-batch that learning left open.
-        """
-        return {} if self.adapt else {**self._reading, **self._outgoing}
-
-    def advance(self) -> FastState:
-        """Handle on what comes next (a chunk, an Euler step): it reads what this one wrote."""
-        return self.map(lambda value: value)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> FastState:
-        """`advance` with `function` applied to every tensor, e.g. a choice of rows."""
-        return FastState(
-            _map_fields(self.outgoing, function),
-            adapt=self.adapt,
-            listening=self._listening,
-            reading=_map_fields(self.reading, function),
-            live=None if self.live is None else function(self.live),
-        )
-
-    @property
-    def rows(self) -> int | None:
-        """B of the states with which the chunk begins; None if all of them are fresh."""
-        slots = (*self._reading.values(), *self._incoming.values())
-        return next((len(value) for fields in slots for value in fields.values()), None)
-
-    def add_loss(self, slot: str, **losses: Tensor) -> None:
-        """Leave weighted auxiliary losses (scalars of a router) for the training step.
-
-        Differentiable, unlike what is published. The last write wins, so that a layer recomputed
-        under activation checkpointing counts once.
-        """
-        self.losses.setdefault(slot, {}).update(losses)
-
-    def listens(self, topic: str) -> bool:
-        """Whether a monitor wants this topic: without one, statistics cost this one test."""
-        return topic in self._listening
-
-    def publish(self, topic: str, slot: str, **values: Tensor) -> None:
-        """Leave statistics for the monitors, detached, on the device. The last write wins."""
-        fields = self.published.setdefault(topic, {}).setdefault(slot, {})
-        fields.update({name: value.detach() for name, value in values.items()})
-
-
-class _Rows:
-    """Host-side record of where each row stands: the guard against gaps."""
-
-    def __init__(self, stream_id: Iterable[int] = (), chunk_index: Iterable[int] = ()) -> None:
-        self.stream_id = tuple(stream_id)
-        self.chunk_index = tuple(chunk_index)
-
-    def check(self, plan: StreamPlan) -> None:
-        if not self.stream_id:
-            self._check_all_first(plan, "no state is known for it")
-        elif len(plan.stream_id) != len(self.stream_id):
-            rows = f"the batch now has {len(plan.stream_id)} rows instead of {len(self.stream_id)}"
-            self._check_all_first(plan, rows)
-        else:
-            self._check_continuation(plan)
-
-    @staticmethod
-    def _check_all_first(plan: StreamPlan, reason: str) -> None:
-        if not all(plan.is_first):
-            row = plan.is_first.index(False)
-            raise StreamGapError(
-                f"row {row} continues stream {plan.stream_id[row]} at chunk "
-                f"{plan.chunk_index[row]}, but {reason}; start files with is_first=True, "
-                "or restore the stream state together with the sampler's position"
-            )
-
-    def _check_continuation(self, plan: StreamPlan) -> None:
-        for row, first in enumerate(plan.is_first):
-            here = (plan.stream_id[row], plan.chunk_index[row])
-            expected = (self.stream_id[row], self.chunk_index[row] + 1)
-            if not first and here != expected:
-                raise StreamGapError(
-                    f"row {row} brings chunk {here[1]} of stream {here[0]} where chunk "
-                    f"{expected[1]} of stream {expected[0]} was expected; chunks of a file must "
-                    "come in order in one row, and a deliberate restart needs is_first=True"
-                )
-
-
-class _Namespace:
-    """What one loop (train, validate, ...) has committed."""
-
-    def __init__(self) -> None:
-        self.slots: Slots = {}
-        self.reading: Slots = {}
-        self.rows = _Rows()
-        self.restart = False
-        self.resets = 0
-        self.continuations = 0
-
-    def count(self, plan: StreamPlan) -> None:
-        rows = zip(plan.stream_id, plan.is_first, strict=True)
-        live = [first for stream_id, first in rows if stream_id != NO_STREAM]
-        self.resets += sum(live)
-        self.continuations += len(live) - sum(live)
-
-
-class StreamCounts(NamedTuple):
-    """How many rows of committed chunks began a file, and how many continued one."""
-
-    resets: int
-    continuations: int
+Finished = Callable[[int, int, Slots], None]
 
 
 class StreamState:
@@ -270,16 +70,25 @@ class StreamState:
     Args:
         persistent: False gives every chunk a fresh, transient handle (nothing is carried), with
             the same bookkeeping and the same statistics.
+
+    Attributes:
+        listening: topics that monitors want (see `FastState.publish`).
+        finished: called with stream id, number of the last chunk, and slots `[1, ...]` of a row
+            whose file has ended: by `begin`, when another file begins in the row, and by
+            `finish`. A step that is begun again without a commit tells again. The slots are on
+            the device and not copied; while streams do not persist there are none to tell of.
     """
 
     def __init__(self, persistent: bool = True) -> None:
         self.persistent = persistent
         self.listening: set[str] = set()
+        self.finished: list[Finished] = []
         self.published: list[Published] = []
         self.plans: list[StreamPlan] = []
-        self._namespaces: dict[str, _Namespace] = {}
+        self._namespaces: dict[str, Namespace] = {}
         self._current: str | None = None
         self._last: FastState | None = None
+        self._starts: dict[str | None, Slots] = {}
 
     def begin_step(self, namespace: str) -> None:
         """Open a step: whatever an earlier step left uncommitted is forgotten."""
@@ -291,6 +100,8 @@ class StreamState:
     def begin(self, chunk: Mapping[str, Any], *, adapt: bool = True) -> FastState:
         """Handle on this chunk's state; rows with `is_first` start from the initial state.
 
+        Where something is attached (see `attach`), they start from that.
+
         Args:
             chunk: batch-contract dict with `stream_id`, `chunk_index`, `is_first`, all `[B]`, and
                 (from collate) the host's `plan` of them.
@@ -298,15 +109,21 @@ class StreamState:
 
         Raises:
             StreamGapError: a row that is not first does not follow its predecessor.
+            ValueError: what is attached does not fit the model's state, or the rows are packed.
             RuntimeError: no step is open.
         """
         space = self._open_namespace()
         plan = StreamPlan.of(chunk)
-        rows = _Rows(self.plans[-1].stream_id, self.plans[-1].chunk_index) if self.plans else None
+        start = self._start(chunk)
+        rows = Rows(self.plans[-1].stream_id, self.plans[-1].chunk_index) if self.plans else None
         restart = space.restart and rows is None
         if not restart:
             (rows or space.rows).check(plan)
-        slots, reading = self._incoming(space, plan, chunk["is_first"], restart)
+        if self._last is not None and rows is not None:
+            self._tell_finished(rows, plan, self._last.outgoing)
+        elif not space.told:
+            self._tell_finished(space.rows, plan, space.slots)
+        slots, reading = self._incoming(space, plan, chunk["is_first"], restart, start)
         live = chunk["stream_id"] != NO_STREAM if NO_STREAM in plan.stream_id else None
         handle = FastState(slots, adapt=adapt, listening=self.listening, reading=reading, live=live)
         self.plans.append(plan)
@@ -315,16 +132,47 @@ class StreamState:
         return handle
 
     def _incoming(
-        self, space: _Namespace, plan: StreamPlan, is_first: Tensor, restart: bool
+        self,
+        space: Namespace,
+        plan: StreamPlan,
+        is_first: Tensor,
+        restart: bool,
+        start: Slots,
     ) -> tuple[Slots, Slots]:
         """What was learned, and where readers stand."""
         other_rows = not self.plans and len(plan.stream_id) != len(space.rows.stream_id)
-        if not self.persistent or restart or other_rows:
-            return {}, {}
+        all_begin = bool(start) and all(plan.is_first)
+        if not self.persistent or restart or other_rows or all_begin:
+            return repeat_row(start, len(plan.stream_id)), {}
         slots, reading = space.slots, space.reading
         if self._last is not None:
             slots, reading = self._last.outgoing, self._last.reading
-        return reset_rows(slots, is_first), reset_rows(reading, is_first)
+        # A slot in which no reader stands yet is read from what was learned.
+        stands = {slot: fields for slot, fields in start.items() if slot in reading}
+        return reset_rows(slots, is_first, start), reset_rows(reading, is_first, stands)
+
+    def _start(self, chunk: Mapping[str, Any]) -> Slots:
+        """What is attached, on the chunk's device: copied there once."""
+        key = self._current if self._current in self._starts else None
+        start = self._starts.get(key)
+        if not start:
+            return {}
+        if "document_ids" in chunk:
+            raise ValueError(
+                "a memory is attached, but the rows are packed (the chunk has document_ids): every "
+                "document would forget it where it begins; read files as streams (data: mode: "
+                "stream), or attach nothing"
+            )
+        device = chunk["is_first"].device
+        self._starts[key] = map_fields(start, lambda value: value.to(device))
+        return self._starts[key]
+
+    def _tell_finished(self, rows: Rows, plan: StreamPlan | None, slots: Slots) -> None:
+        if not self.finished or not self.persistent:
+            return
+        for row, stream_id, chunk_index in rows.ended(plan):
+            for listener in self.finished:
+                listener(stream_id, chunk_index, row_of(slots, row))
 
     def commit(self) -> None:
         """Make the state after the step's last chunk current, detached. Once per step."""
@@ -332,13 +180,64 @@ class StreamState:
             return
         space = self._namespaces[self._current]
         if self.persistent:
-            space.slots = _map_fields(self._last.outgoing, Tensor.detach)
-            space.reading = _map_fields(self._last.reading, Tensor.detach)
-        space.rows = _Rows(self.plans[-1].stream_id, self.plans[-1].chunk_index)
-        space.restart = False
+            space.slots = map_fields(self._last.outgoing, Tensor.detach)
+            space.reading = map_fields(self._last.reading, Tensor.detach)
+        space.rows = Rows(self.plans[-1].stream_id, self.plans[-1].chunk_index)
+        space.restart = space.told = False
         for plan in self.plans:
             space.count(plan)
         self._last = None
+
+    def finish(self, namespace: str) -> None:
+        """Tell `finished` of every file that is being read, as at the end of a loop.
+
+        A row whose end was told is not told again when the next file begins in it.
+        """
+        space = self._namespaces.get(namespace)
+        if space is not None and not space.told:
+            self._tell_finished(space.rows, None, space.slots)
+            space.told = True
+
+    def attach(self, slots: Slots | None, namespace: str | None = None) -> None:
+        """From now on rows that begin a file start with this instead of zeros.
+
+        It is what "fresh" means until something else is attached: also for rows without a file,
+        after `restart`, and, where streams do not persist, for every chunk. Rows that are in the
+        middle of a file go on undisturbed. Nothing is written into it.
+
+        Args:
+            slots: of one row, slot -> field -> `[1, ...]`, on any device (`StreamMemory.slots`);
+                None detaches.
+            namespace: where; None is everywhere, in place of all that was attached before. What
+                is attached to a namespace wins there.
+
+        Raises:
+            ValueError: the slots have another number of rows.
+        """
+        check_one_row(slots or {})
+        if namespace is None:
+            self._starts = {}
+        self._starts.pop(namespace, None)
+        if slots:
+            self._starts[namespace] = map_fields(slots, Tensor.detach)
+
+    def row(self, namespace: str, stream_id: int) -> tuple[int, Slots]:
+        """Number of the last chunk that a stream has read, and its committed slots, `[1, ...]`.
+
+        Raises:
+            ValueError: no row of the namespace reads that stream.
+        """
+        space = self._namespaces.get(namespace, Namespace())
+        found = {id_: (row, index) for row, id_, index in space.rows.ended(None)}
+        if stream_id not in found:
+            known = ", ".join(map(str, sorted(found))) or "none, nothing was read there"
+            raise ValueError(
+                f"no row of {namespace!r} reads stream {stream_id}; the streams that are being "
+                f"read there: {known}. To keep every stream when its file ends, append a function "
+                "to streams.finished, or use callbacks.StreamMemoryFiles"
+            )
+        row, chunk_index = found[stream_id]
+        return chunk_index, row_of(space.slots, row)
 
     def clear(self, namespace: str) -> None:
         """Forget a namespace's state, as before its first step."""
@@ -347,12 +246,12 @@ class StreamState:
     def restart(self, namespace: str) -> None:
         """Declare that the next chunk begins afresh in every row, wherever its files stand."""
         self.clear(namespace)
-        self._namespaces[namespace] = _Namespace()
+        self._namespaces[namespace] = Namespace()
         self._namespaces[namespace].restart = True
 
     def counts(self, namespace: str) -> StreamCounts:
         """Resets and continuations committed so far."""
-        space = self._namespaces.get(namespace, _Namespace())
+        space = self._namespaces.get(namespace, Namespace())
         return StreamCounts(space.resets, space.continuations)
 
     def slots(self, namespace: str) -> Slots:
@@ -362,10 +261,10 @@ class StreamState:
 
     def state_dict(self, namespace: str = "train") -> dict[str, Any]:
         """What exact continuation of a namespace needs: plain dicts, CPU tensors and ints."""
-        space = self._namespaces.get(namespace, _Namespace())
+        space = self._namespaces.get(namespace, Namespace())
         return {
-            "slots": _map_fields(space.slots, lambda value: value.detach().cpu().clone()),
-            "reading": _map_fields(space.reading, lambda value: value.detach().cpu().clone()),
+            "slots": map_fields(space.slots, lambda value: value.detach().cpu().clone()),
+            "reading": map_fields(space.reading, lambda value: value.detach().cpu().clone()),
             "stream_id": list(space.rows.stream_id),
             "chunk_index": list(space.rows.chunk_index),
             "resets": space.resets,
@@ -379,18 +278,18 @@ class StreamState:
         device: torch.device | str = "cpu",
     ) -> None:
         """Restore what `state_dict` returned; tensors go to `device`."""
-        space = _Namespace()
-        space.slots = _map_fields(state["slots"], lambda value: value.to(device))
-        space.reading = _map_fields(state.get("reading", {}), lambda value: value.to(device))
-        space.rows = _Rows(state["stream_id"], state["chunk_index"])
+        space = Namespace()
+        space.slots = map_fields(state["slots"], lambda value: value.to(device))
+        space.reading = map_fields(state.get("reading", {}), lambda value: value.to(device))
+        space.rows = Rows(state["stream_id"], state["chunk_index"])
         space.resets = state["resets"]
         space.continuations = state["continuations"]
         self._namespaces[namespace] = space
 
-    def _open_namespace(self) -> _Namespace:
+    def _open_namespace(self) -> Namespace:
         if self._current is None:
             raise RuntimeError(
                 "no step is open: add callbacks.FileBoundaryReset to trainer.callbacks (cli.py "
                 "always does), or call streams.begin_step(namespace) before and commit() after"
             )
-        return self._namespaces.setdefault(self._current, _Namespace())
+        return self._namespaces.setdefault(self._current, Namespace())

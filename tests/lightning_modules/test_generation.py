@@ -1,6 +1,7 @@
 """FastStateCache, against reading the whole sequence at once and against rows of their own."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from lightning_modules.adapters import inject_adapters
 from lightning_modules.generation import FastStateCache
-from lightning_modules.streams import FastState
+from lightning_modules.stream_memory import StreamMemory
+from lightning_modules.streams import FastState, StreamState
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 """float32 sums in another order (other matrix sizes)."""
@@ -208,6 +210,36 @@ def test_starting_from_committed_slots_equals_the_next_chunk_of_the_stream() -> 
     torch.testing.assert_close(actual, expected, **CLOSE)
     torch.testing.assert_close(cache.slots, after.outgoing, **CLOSE)
     torch.testing.assert_close(FastState(cache.slots).outgoing, cache.slots, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("adapter", ["ttt", "lact"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_generating_from_a_saved_memory_equals_generating_from_the_live_state(
+    architecture: str, adapter: str, tmp_path: Path
+) -> None:
+    model, ids = _model(architecture, adapter).double(), tokens(2, LENGTH)
+    streams = StreamState()
+    streams.begin_step("predict")
+    chunk = {"stream_id": torch.tensor([4]), "chunk_index": torch.zeros(1, dtype=torch.int64)}
+    handle = streams.begin({**chunk, "is_first": torch.tensor([True])})
+    _ = model(tokens(1, 6, seed=1), fast_state=handle, use_cache=False)  # leaves 2 tokens pending
+    streams.commit()
+    memory = StreamMemory.of(streams, "predict", 4, model=model)
+    saved = StreamMemory.load(memory.save(tmp_path / "book.safetensors"), model)
+    live = {s: {n: torch.cat([v, v]) for n, v in f.items()} for s, f in handle.outgoing.items()}
+    caches = (FastStateCache(model.config, slots=slots) for slots in (saved.rows(2), live, None))
+    options = {"output_logits": True, "return_dict_in_generate": True}
+    attached, expected, fresh = (_greedy(model, ids, cache, 8, **options) for cache in caches)
+    assert torch.equal(attached.sequences, expected.sequences)
+    for mine, theirs in zip(attached.logits, expected.logits, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(attached.logits[0], fresh.logits[0], rtol=1e-3, atol=1e-3)
+    beams = (
+        FastStateCache(model.config, slots=saved.rows(4)),
+        FastStateCache(model.config, slots=live),
+    )
+    beams[1].batch_repeat_interleave(2)
+    assert torch.equal(*(_greedy(model, ids, cache, 8, num_beams=2) for cache in beams))
 
 
 def test_reset_equals_a_new_cache() -> None:
