@@ -3,12 +3,12 @@
     python benchmarks/ttt_lora_gpu.py --out ttt_lora_gpu.md     # on a GPU
     python benchmarks/ttt_lora_gpu.py --tiny                    # a few seconds on a CPU
 
-Qwen3-0.6B's body with random weights in bfloat16, B = 8, T = 2,048, adapters in every linear layer of
-attention and MLPs (In-Place TTT: every 4th MLP), parameters of a LoRA of rank 16, mini-batches of 16
-tokens, carried state. Forward, cross entropy and backward; medians with the 10th and 90th percentile
-of `--repeats` calls after three warm-up calls, from device events. The output layer's loss is in all
-arms. Peak memory is of the whole step. Before it is timed, a new adapter must compute what the
-base does, bit for bit.
+Qwen3-0.6B's body with random weights in bfloat16, B = 8, T = 2,048, adapters in every linear layer
+of attention and MLPs (In-Place TTT: every 4th MLP), parameters of a LoRA of rank 16, mini-batches of
+16 tokens, carried state. Forward, cross entropy and backward; medians with the 10th and 90th
+percentile of `--repeats` calls after three warm-up calls, from device events. The output layer's loss
+is in all arms. Peak memory is of the whole step. Before it is timed, a new adapter must compute what
+the base does, bit for bit.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = (2, 64) if options.tiny else (8, 2048)
     head = [
-        "| arm | step ms [p10, p90] | / LoRA | peak GiB | parameters trained | new adapter = base |",
+        "| arm | step ms [p10, p90] | / LoRA | peak GiB | trained | new adapter = base |",
         "|---|---|---|---|---|---|",
     ]
     lines = rows(TINY if options.tiny else SIZES, shape, options.repeats, device)
