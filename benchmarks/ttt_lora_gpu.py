@@ -4,11 +4,11 @@
     python benchmarks/ttt_lora_gpu.py --tiny                    # a few seconds on a CPU
 
 Qwen3-0.6B's body with random weights in bfloat16, B = 8, T = 2,048, adapters in every linear layer
-of attention and MLPs (In-Place TTT: every 4th MLP), parameters of a LoRA of rank 16, mini-batches of
-16 tokens, carried state. Forward, cross entropy and backward; medians with the 10th and 90th
-percentile of `--repeats` calls after three warm-up calls, from device events. The output layer's loss
-is in all arms. Peak memory is of the whole step. Before it is timed, a new adapter must compute what
-the base does, bit for bit.
+of attention and MLPs (In-Place TTT: every 4th MLP), parameters of a LoRA of rank 16, mini-batches
+of 16 tokens, carried state. Forward, cross entropy and backward; medians with the 10th and 90th
+percentile of `--repeats` calls after three warm-up calls, from device events. The loss of the
+output layer is in all arms. Peak memory is of the whole step. Before it is timed, a new adapter
+must compute what the base does, bit for bit.
 """
 
 from __future__ import annotations
