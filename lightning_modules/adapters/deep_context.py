@@ -16,7 +16,7 @@ from lightning_modules.adapters.base import BaseAttentionAdapter
 from lightning_modules.adapters.inject import ATTENTION_NAME
 from lightning_modules.adapters.token_mask import decoders, pass_token_masks, remove_token_masks
 from lightning_modules.generation import state_of
-from lightning_modules.layers.deep_context import DeepContext
+from lightning_modules.layers.deep_context import DeepContext, looks_into_context
 from lightning_modules.streams import FastState
 
 NAMES = ("fast_state", "mask", "document_ids")
@@ -78,14 +78,15 @@ class CloseState:
         """See `torch.nn.Module.register_forward_hook(with_kwargs=True)`.
 
         Raises:
-            RuntimeError: the state did not reach the layers.
+            RuntimeError: the state, the mask or the documents did not reach the layers.
         """
         handle, cache = kwargs.get("fast_state"), kwargs.get("past_key_values")
-        if any(context.fast_state is not handle for context in self.contexts):
-            raise RuntimeError(
-                f"the fast state of {type(module).__name__} did not reach all of its layers: put "
-                "attention adapters in before TTT-LoRA and In-Place TTT"
-            )
+        for name in NAMES:
+            if any(getattr(context, name) is not kwargs.get(name) for context in self.contexts):
+                raise RuntimeError(
+                    f"{name} of {type(module).__name__} did not reach all of its layers: put "
+                    "attention adapters in before TTT-LoRA and In-Place TTT"
+                )
         if handle is not None and handle is getattr(cache, "fast_state", None):
             cache.fast_state = handle.advance()
         for context in self.contexts:
@@ -114,7 +115,9 @@ def connect(model: nn.Module, paths: list[str]) -> dict[str, DeepContext | None]
 
 
 def disconnect(model: nn.Module) -> None:
-    """Take the hooks away, and those that pass token masks, unless attention adapters need them."""
+    """Take the hooks away that no module needs any more, also those that pass token masks."""
+    if looks_into_context(model):
+        return
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             own = (EnterLayer, OpenState, CloseState)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_modules.adapters.base import BASE, BaseAttentionAdapter, check_attention
 from lightning_modules.adapters.registry import create_attention_adapter
 from lightning_modules.adapters.token_mask import pass_token_masks, remove_token_masks
+from lightning_modules.layers.deep_context import looks_into_context
 
 ATTENTION_NAME = "self_attn"
 Pattern = int | list[int] | str
@@ -83,7 +84,11 @@ def inject_adapters(
 
 
 def remove_adapters(model: nn.Module) -> list[str]:
-    """Put the wrapped attention modules back, the same objects; returns their paths."""
+    """Put the wrapped attention modules back, the same objects; returns their paths.
+
+    What other parts of a layer (TTT-LoRA, In-Place TTT) learn from hooks on an adapter, they then
+    learn from hooks on its attention.
+    """
     adapters = [
         (path, module)
         for path, module in model.named_modules()
@@ -91,9 +96,11 @@ def remove_adapters(model: nn.Module) -> list[str]:
     ]
     for path, module in adapters:
         while isinstance(module, BaseAttentionAdapter):
+            _hand_over_hooks(module, module.base_attention)
             module = module.base_attention
         _replace(model, path, module)
-    remove_token_masks(model)
+    if not looks_into_context(model):
+        remove_token_masks(model)
     return [path for path, _ in adapters]
 
 
@@ -171,6 +178,12 @@ def _build(attention: nn.Module, spec: AdapterSpec) -> BaseAttentionAdapter:
             adapter.to(device=parameter.device, dtype=parameter.dtype)
             break
     return adapter.train(attention.training)
+
+
+def _hand_over_hooks(adapter: nn.Module, attention: nn.Module) -> None:
+    for key, hook in adapter._forward_pre_hooks.items():
+        with_kwargs = key in adapter._forward_pre_hooks_with_kwargs
+        attention.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

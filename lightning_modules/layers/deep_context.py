@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from lightning_modules.streams import FastState
@@ -23,11 +23,11 @@ class DeepContext:
         mask: tokens that exist, bool `[B, T]`; None: all.
         document_ids: `[B, T]`; None: one document.
         missed: tokens in a key-value cache that carries no fast state.
-        calls: how often the layer was entered, so that calls can be told apart.
+        computed: what modules leave for others in the call, by name. No counter of calls: each
+            would be a reason for `torch.compile` to compile again.
     """
 
     def __init__(self) -> None:
-        self.calls = 0
         self.clear()
 
     def enter(
@@ -40,7 +40,7 @@ class DeepContext:
         """Begin a call of the layer."""
         self.fast_state, self.mask, self.document_ids = fast_state, mask, document_ids
         self.missed = missed
-        self.calls += 1
+        self.computed = {}
 
     def clear(self) -> None:
         """Let go of the tensors of the last call."""
@@ -48,6 +48,11 @@ class DeepContext:
         self.mask: Tensor | None = None
         self.document_ids: Tensor | None = None
         self.missed = 0
+        self.computed: dict[str, Any] = {}
+
+    def __reduce__(self) -> tuple[type[DeepContext], tuple[()]]:
+        """Copied and pickled models take nothing of a call along: its tensors have a graph."""
+        return DeepContext, ()
 
     def state_for(self, who: str) -> FastState | None:
         """The fast state, for a module whose output depends on what was read before.
@@ -60,6 +65,15 @@ class DeepContext:
         """
         refuse_missed(self.missed, f"the fast weights of {who}")
         return self.fast_state
+
+
+class InDeepContext:
+    """Marks modules that look into the context of their layer, and so need its hooks."""
+
+
+def looks_into_context(model: nn.Module) -> bool:
+    """Whether a model has such modules."""
+    return any(isinstance(module, InDeepContext) for module in model.modules())
 
 
 def refuse_missed(missed: int, who: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.layers.chunk_conv import ChunkConv
-from lightning_modules.layers.deep_context import DeepContext
+from lightning_modules.layers.deep_context import DeepContext, InDeepContext
 from lightning_modules.layers.in_place_stream import (
     InPlaceMLPState,
     Reading,
@@ -91,7 +91,7 @@ class InPlaceTargets(nn.Module):
         return self.ttt_proj(convolved) if self.projects else convolved
 
 
-class InPlaceMLP(nn.Module):
+class InPlaceMLP(nn.Module, InDeepContext):
     """Stands in the place of a gated MLP, whose down projection every chunk of tokens changes.
 
         Z = act(x W_gate) * (x W_up),   O = Z (W_down + S_i)^T,   S_{i+1} = S_i + eta V_i^T Z_i
@@ -129,9 +129,11 @@ class InPlaceMLP(nn.Module):
             )
         down = mlp.down_proj
         if type(down) is not nn.Linear or down.bias is not None:
+            bias = "" if getattr(down, "bias", None) is None else " with bias"
             raise TypeError(
-                f"down_proj must be a plain nn.Linear without bias, but is {down}: its weight is "
-                "the one that learns; put other adapters on gate_proj and up_proj"
+                f"down_proj must be a plain nn.Linear without bias, but is a {type(down).__name__}"
+                f"{bias}: its weight is the one that learns; put other adapters on gate_proj and "
+                "up_proj"
             )
         self.config = config
         object.__setattr__(self, "base", mlp)  # not a submodule: its parts are
@@ -139,6 +141,12 @@ class InPlaceMLP(nn.Module):
             setattr(self, name, getattr(mlp, name))
         targets = InPlaceTargets(down.out_features, config)
         self.ttt = targets.to(device=down.weight.device, dtype=down.weight.dtype)
+
+    def unwrap(self) -> nn.Module:
+        """The MLP that was wrapped, with the parts as they are now: some may have adapters."""
+        for name in PARTS:
+            setattr(self.base, name, getattr(self, name))
+        return self.base
 
     def own_slot(self) -> str:
         """`slot`.
@@ -177,7 +185,13 @@ class InPlaceMLP(nn.Module):
 
         Raises:
             ValueError: x is not a batch of rows of tokens, or the targets have another shape.
+            TypeError: down_proj was replaced since.
         """
+        if type(self.down_proj) is not nn.Linear:
+            raise TypeError(
+                f"down_proj has become a {type(self.down_proj).__name__}, which In-Place TTT would "
+                "pass over, as it reads the weight: put other adapters on gate_proj and up_proj"
+            )
         if x.dim() != 3:
             raise ValueError(
                 f"x must be [B, T, D], but has shape {list(x.shape)}: tokens without rows (as MoE "

@@ -68,10 +68,13 @@ def inject_in_place(model: nn.Module, options: InPlaceOptions) -> list[str]:
 
 
 def remove_in_place(model: nn.Module) -> list[str]:
-    """Put back the MLPs without what they have learned; returns their paths."""
+    """Put back the same MLPs, without what they have learned; returns their paths.
+
+    Other adapters of their gate and up projections stay.
+    """
     found = [(path, m) for path, m in model.named_modules() if isinstance(m, InPlaceMLP)]
     for path, mlp in found:
         owner, _, name = path.rpartition(".")
-        setattr(model.get_submodule(owner), name, mlp.base)
+        setattr(model.get_submodule(owner), name, mlp.unwrap())
     disconnect(model)
     return [path for path, _ in found]

@@ -27,6 +27,8 @@ class TTTLoraConfig(PeftConfig):
         layers_pattern: name of the list of layers, if it is not a usual one.
         inner_dim_pattern: name or regular expression of layers -> their `inner_dim`.
         group_siblings: compute siblings of one size together.
+        base_fingerprint: of the weights that the adapter belongs to; None takes that of the model
+            that it is put into, and an adapter's file is refused by other weights.
         mini_batch_size: this and what follows: see `TTTLoRAOptions`.
     """
 
@@ -39,6 +41,7 @@ class TTTLoraConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     inner_dim_pattern: dict[str, int] = field(default_factory=dict)
     group_siblings: bool = True
+    base_fingerprint: str | None = None
     mini_batch_size: int = 8
     mode: Literal["A", "B"] = "A"
     loss: Literal["plain", "ln"] = "plain"
@@ -58,6 +61,9 @@ class TTTLoraConfig(PeftConfig):
             raise ValueError(f"match_per={self.match_per!r} must be linear or parent")
         if self.inner_dim is not None and self.inner_dim < 1:
             raise ValueError(f"inner_dim={self.inner_dim} must be at least 1, or None to match")
+        small = {name: size for name, size in self.inner_dim_pattern.items() if size < 1}
+        if small:
+            raise ValueError(f"inner_dim_pattern={small} must be at least 1")
         if self.match_rank < 1:
             raise ValueError(f"match_rank={self.match_rank} must be at least 1")
         if self.layers_pattern and self.layers_to_transform is None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lightning_modules.layers.deep_context import DeepContext
+from lightning_modules.layers.deep_context import DeepContext, InDeepContext
 from lightning_modules.layers.ttt_lora import (
     TTTLoRACell,
     TTTLoRAOptions,
@@ -18,20 +18,29 @@ from lightning_modules.layers.ttt_lora_statistics import publish_statistics
 from lightning_modules.ops import TTTLoRAState
 
 
+class GroupCall(NamedTuple):
+    """What a group has computed in a call of its decoder layer.
+
+    Attributes:
+        x: input of the linear layers, `[B, T, in]`; None when all cells were asked.
+        left: number of the cell -> what it reads, `[B, T, d]`, until it is asked.
+    """
+
+    x: Tensor | None
+    left: dict[int, Tensor]
+
+
 class SiblingGroup:
     """Cells of one size whose linear layers get the same input: the first call computes for all.
 
     Args:
         slot: name of the group in `FastState`.
-        cells: one for each linear layer.
+        cells: one for each linear layer; just one without a context.
         context: of the decoder layer that they are in; None: calls belong to no stream.
     """
 
     def __init__(self, slot: str, cells: list[TTTLoRACell], context: DeepContext | None) -> None:
         self.slot, self.cells, self.context = slot, cells, context
-        self._call = -1
-        self._input: Tensor | None = None
-        self._read: dict[int, Tensor] = {}
 
     def read(self, number: int, x: Tensor) -> Tensor:
         """What the cell with this number reads, `[B, T, d]`.
@@ -43,21 +52,27 @@ class SiblingGroup:
         Raises:
             ValueError: siblings are called with different inputs, or one twice.
         """
-        if self.context is None or self._call != self.context.calls or len(self.cells) == 1:
-            self._compute(x)
-        elif self._input is not x or number not in self._read:
+        context = self.context or DeepContext()
+        call: GroupCall | None = context.computed.get(self.slot)
+        if call is None:
+            call = GroupCall(x, dict(enumerate(self._compute(x, context))))
+        elif number not in call.left:
             raise ValueError(
-                f"the linear layers of {self.slot} are called with different inputs, or more than "
-                "once in a call of their layer: set group_siblings=False, or leave them out of "
+                f"a linear layer of {self.slot} is called more than once in a call of its decoder "
+                "layer, so that the order of its tokens is not known: leave it out of "
                 "target_modules"
             )
-        read = self._read.pop(number)
-        if not self._read:
-            self._input = None
+        elif call.x is not x:
+            raise ValueError(
+                f"the linear layers of {self.slot} are called with different inputs: set "
+                "group_siblings=False, or leave them out of target_modules"
+            )
+        read = call.left.pop(number)
+        context.computed[self.slot] = call if call.left else GroupCall(None, {})
         return read
 
-    def _compute(self, x: Tensor) -> None:
-        context = self.context or DeepContext()
+    def _compute(self, x: Tensor, context: DeepContext) -> tuple[Tensor, ...]:
+        """What each cell reads, and the state and the statistics that the tokens leave."""
         handle = context.state_for(self.slot)
         before = None if handle is None else handle.read(self.slot, TTTLoRAState)
         inputs = project(self.cells, x)
@@ -73,8 +88,7 @@ class SiblingGroup:
             handle.write(self.slot, after)
             where = (context.mask, context.document_ids)
             publish_statistics(self.cells, handle, self.slot, inputs, *where, (before, after))
-        self._call, self._input = context.calls, x
-        self._read = dict(enumerate(read.unbind(2)))
+        return read.unbind(2)
 
 
 class TTTLoraLayer(BaseTunerLayer):
@@ -83,7 +97,7 @@ class TTTLoraLayer(BaseTunerLayer):
     adapter_layer_names = ("ttt_lora_cells",)
 
 
-class TTTLoraLinear(nn.Module, TTTLoraLayer):
+class TTTLoraLinear(nn.Module, TTTLoraLayer, InDeepContext):
     """A frozen linear layer, and for each active adapter what it has learned while reading.
 
     `y = base(x) + sum_a scaling_a theta_out_a(h_a)`, see `TTTLoRACell`. Input `[B, T, in]`.
@@ -91,6 +105,7 @@ class TTTLoraLinear(nn.Module, TTTLoraLayer):
     Attributes:
         ttt_lora_cells: adapter name -> all of its weights here.
         ttt_lora_places: adapter name -> the group in which it computes, and its number there.
+        ttt_lora_together: adapter name -> whether siblings may be in its group.
 
     Args:
         base_layer: an `nn.Linear`, or another method's layer around one.
@@ -103,11 +118,15 @@ class TTTLoraLinear(nn.Module, TTTLoraLayer):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.ttt_lora_cells = nn.ModuleDict()
         self.ttt_lora_places: dict[str, tuple[SiblingGroup, int]] = {}
+        self.ttt_lora_together: dict[str, bool] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
-    def add(self, adapter_name: str, inner_dim: int, options: TTTLoRAOptions) -> None:
+    def add(
+        self, adapter_name: str, inner_dim: int, options: TTTLoRAOptions, together: bool = True
+    ) -> None:
         """Add an adapter with new weights, like the base in device and dtype."""
+        self.ttt_lora_together[adapter_name] = together
         cell = TTTLoRACell(self.in_features, self.out_features, inner_dim, options)
         self.ttt_lora_cells[adapter_name] = cell
         self._move_adapter_to_device_of_base_layer(adapter_name)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -15,6 +16,7 @@ from peft.tuners.tuners_utils import (
 from torch import nn
 
 from lightning_modules.adapters.deep_context import connect, disconnect
+from lightning_modules.adapters.ttt_lora.base import adapter_parts, check_base
 from lightning_modules.adapters.ttt_lora.config import TTTLoraConfig
 from lightning_modules.adapters.ttt_lora.layer import (
     SiblingGroup,
@@ -23,10 +25,14 @@ from lightning_modules.adapters.ttt_lora.layer import (
     refuse_merge,
 )
 from lightning_modules.adapters.ttt_lora.siblings import families, matched_sizes, plain_path
+from lightning_modules.layers.in_place_mlp import InPlaceMLP
 
+CELLS = TTTLoraLayer.adapter_layer_names[0]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MOSHI = [f"{name}_proj.linear" for name in "qkvo"] + ["mlp.fc1", "mlp.fc2"]
-DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text")
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+IN_DECODER = rf"(.*\.)?language_model\.(.*\.)?({'|'.join(PROJECTIONS)})"
+"""Gemma3 for images and text: the tower that looks at images has layers of the same names."""
 
 
 class TTTLoraModel(BaseTuner):
@@ -38,7 +44,11 @@ class TTTLoraModel(BaseTuner):
 
     prefix: str = "ttt_lora_"
     tuner_layer_cls = TTTLoraLayer
-    target_module_mapping = dict.fromkeys(DECODERS, PROJECTIONS) | {"moshi": MOSHI}
+    target_module_mapping: ClassVar[dict[str, Any]] = {
+        **dict.fromkeys(DECODERS, PROJECTIONS),
+        "gemma3": IN_DECODER,
+        "moshi": MOSHI,
+    }
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -55,11 +65,15 @@ class TTTLoraModel(BaseTuner):
     def _prepare_model(self, peft_config: TTTLoraConfig, model: nn.Module) -> None:
         """Check all that is targeted before the first layer is replaced, and choose the sizes."""
         _maybe_include_all_linear_layers(peft_config, model)
-        layers = _targets(peft_config, model)
+        self._adapter_parts = adapter_parts(model)
+        layers = _targets(peft_config, model, self._adapter_parts)
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
         for path, layer in layers.items():
             _check_target(path, layer, layer is head)
+        _check_in_place(model, layers)
         self._sizes = _sizes(peft_config, layers)
+        check_base(peft_config, model)
 
     def _create_and_replace(
         self,
@@ -71,11 +85,14 @@ class TTTLoraModel(BaseTuner):
         current_key: str,
         **optional: Any,
     ) -> None:
+        if current_key.startswith(self._adapter_parts):
+            return  # other adapters have linear layers of the same names
+        new = self._sizes[current_key], peft_config.options(), peft_config.group_siblings
         if isinstance(target, TTTLoraLinear):
-            target.add(adapter_name, self._sizes[current_key], peft_config.options())
+            target.add(adapter_name, *new)
             return
         layer = TTTLoraLinear(target)
-        layer.add(adapter_name, self._sizes[current_key], peft_config.options())
+        layer.add(adapter_name, *new)
         if adapter_name in self.active_adapters:
             layer.set_adapter(self.active_adapters)
         else:
@@ -89,9 +106,10 @@ class TTTLoraModel(BaseTuner):
         contexts = connect(model, list(layers))
         for layer in layers.values():
             layer.ttt_lora_places = {}
-        for name, config in self.peft_config.items():
+        # Not by peft_config: another method's adapter may have taken the name there since.
+        for name in dict.fromkeys(n for layer in layers.values() for n in layer.ttt_lora_cells):
             members = [path for path, layer in layers.items() if name in layer.ttt_lora_cells]
-            together = isinstance(config, TTTLoraConfig) and config.group_siblings
+            together = all(layers[path].ttt_lora_together[name] for path in members)
             for paths in families(members) if together else [[path] for path in members]:
                 alike: dict[tuple[int, int], list[str]] = {}
                 for path in paths:
@@ -101,6 +119,19 @@ class TTTLoraModel(BaseTuner):
                     alike.setdefault(key, []).append(path)
                 for group in alike.values():
                     _place(name, group, layers, contexts[group[0]])
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Impossible; see `refuse_merge`. Refused before another method's layer is merged."""
+        refuse_merge()
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Name of a weight in files, which can be loaded under another adapter name.
+
+        peft's own looks for the adapter name just before a weight, where a cell has modules.
+        """
+        before, cells, inside = key.rpartition(f".{CELLS}.")
+        return f"{before}{cells}{inside.removeprefix(f'{adapter_name}.')}"
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
@@ -120,16 +151,17 @@ def _place(name: str, paths: list[str], layers: dict[str, TTTLoraLinear], contex
         layers[path].ttt_lora_places[name] = (group, number)
 
 
-def _targets(config: TTTLoraConfig, model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> base layer of all that is targeted.
+def _targets(
+    config: TTTLoraConfig, model: nn.Module, inside: tuple[str, ...]
+) -> dict[str, nn.Module]:
+    """Path -> base layer of all that is targeted, but for what is inside other adapters.
 
     Raises:
         ValueError: nothing is; the message names what is near.
     """
     found: dict[str, nn.Module] = {}
-    inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
-        if inside and path.startswith(inside):
+        if path.startswith(inside):
             continue
         tuner = isinstance(module, BaseTunerLayer)
         inside += (f"{path}.",) if tuner else ()
@@ -174,14 +206,30 @@ def _check_target(path: str, layer: nn.Module, is_head: bool) -> None:
         )
 
 
+def _check_in_place(model: nn.Module, targets: Iterable[str]) -> None:
+    """Raise ValueError if a target is a weight that In-Place TTT reads, not calling the layer."""
+    for path, module in model.named_modules():
+        down = f"{path}.down_proj"
+        if isinstance(module, InPlaceMLP) and down in targets:
+            raise ValueError(
+                f"{down} is the fast weight of In-Place TTT: leave it out of target_modules, or "
+                "put TTT-LoRA into other layers (layers_to_transform)"
+            )
+
+
 def _sizes(config: TTTLoraConfig, layers: dict[str, Any]) -> dict[str, int]:
     """Inner size of every adapter: by pattern, by number, or matched to a LoRA."""
     sizes: dict[str, int] = {}
-    for path in layers:
-        for pattern, size in config.inner_dim_pattern.items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", path):
-                sizes[path] = size
+    for pattern, size in config.inner_dim_pattern.items():
+        matching = [path for path in layers if re.fullmatch(rf"(.*\.)?({pattern})", path)]
+        if not matching:
+            raise ValueError(
+                f"inner_dim_pattern {pattern!r} matches none of the layers that get an adapter: "
+                f"{', '.join(sorted({path.rpartition('.')[2] for path in layers}))}"
+            )
+        sizes |= dict.fromkeys(matching, size)
     rest = {path: layer for path, layer in layers.items() if path not in sizes}
     if config.inner_dim is not None:
         return sizes | dict.fromkeys(rest, config.inner_dim)
-    return sizes | matched_sizes(config.match_rank, config.match_per, rest)
+    options = {"rate_per_token": config.rate_per_token, "output_norm": config.output_norm}
+    return sizes | matched_sizes(config.match_rank, config.match_per, rest, **options)

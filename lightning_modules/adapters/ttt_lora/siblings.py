@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from lightning_modules.layers.ttt_lora_size import match_lora, match_lora_siblings
+from lightning_modules.layers.ttt_lora_size import match_lora_siblings
 
 SIBLINGS = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
 """Names of linear layers that a decoder calls with one and the same tensor."""
@@ -34,13 +34,16 @@ def families(paths: Iterable[str]) -> list[list[str]]:
     return list(found.values())
 
 
-def matched_sizes(rank: int, per: str, layers: Mapping[str, nn.Linear]) -> dict[str, int]:
+def matched_sizes(
+    rank: int, per: str, layers: Mapping[str, nn.Linear], **options: bool
+) -> dict[str, int]:
     """Inner size of every layer with at most as many parameters as a LoRA.
 
     Args:
         rank: of the LoRA.
         per: `linear`, or `parent` for one size for siblings.
         layers: path -> linear layer.
+        **options: of `parameter_count`.
 
     Raises:
         ValueError: a LoRA of this rank is too small for any; the message names the layer.
@@ -48,14 +51,17 @@ def matched_sizes(rank: int, per: str, layers: Mapping[str, nn.Linear]) -> dict[
     sizes: dict[str, int] = {}
     for family in families(layers) if per == "parent" else [[path] for path in layers]:
         shapes = [(layers[path].in_features, layers[path].out_features) for path in family]
-        sizes |= dict.fromkeys(family, _matched(rank, shapes, family))
+        sizes |= dict.fromkeys(family, _matched(rank, shapes, family, options))
     return sizes
 
 
-def _matched(rank: int, shapes: Sequence[tuple[int, int]], family: Sequence[str]) -> int:
+def _matched(
+    rank: int,
+    shapes: Sequence[tuple[int, int]],
+    family: Sequence[str],
+    options: Mapping[str, bool],
+) -> int:
     try:
-        if len(shapes) == 1:
-            return match_lora(rank, *shapes[0])
-        return match_lora_siblings(rank, shapes)
+        return match_lora_siblings(rank, shapes, **options)
     except ValueError as error:
         raise ValueError(f"{', '.join(family)}: {error}") from error
