@@ -20,6 +20,7 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from compare_trials import ARMS, BASE, EVERY_N, METHOD, OPTIONAL, TRIALS, match_in_place
 from training_runs import (
@@ -56,7 +57,10 @@ def main() -> None:
         if arm_of(name) != BASE or folder.name == f"seed_{options.seeds[0]}"
     ]
     for name, folder in runs:
-        prepare(name, folder, options)
+        if options.command == "train":
+            prepare(name, folder, options)
+        else:
+            write_config(nested(changes_of(options)), folder, "evaluation.yaml")
     run_all(PROGRAM, options, runs)
 
 
@@ -72,6 +76,14 @@ def prepare(name: str, folder: Path, options: Namespace) -> None:
         set_value(config, EVERY_N, match_in_place(model))
     check_checkpoints(config["trainer"])
     write_config(config, folder)
+
+
+def nested(changes: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys as a config."""
+    config: dict[str, Any] = {}
+    for key, value in changes.items():
+        set_value(config, key, value)
+    return config
 
 
 def check_checkpoints(trainer: dict) -> None:
