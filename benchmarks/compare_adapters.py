@@ -22,6 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from compare_report import report
+from compare_results import best_trials
 from compare_trials import ARMS, BASE, EVERY_N, METHOD, OPTIONAL, TRIALS, match_in_place
 from training_runs import (
     ROOT,
@@ -51,9 +53,17 @@ def main() -> None:
         help="train: of a TTTLoRAModule on long files; the arms set method, fast_state and rate",
     )
     options = parser.parse_args()
+    if options.command != "report":
+        go(options)
+    report(options.out)
+
+
+def go(options: Namespace) -> None:
+    """Train or evaluate what is wanted and not there yet."""
+    trials = {name: TRIALS[name] for name in best_trials(options.out)} if options.best else TRIALS
     runs = [
         (name, folder)
-        for name, folder in pending(options, TRIALS)
+        for name, folder in pending(options, trials)
         if arm_of(name) != BASE or folder.name == f"seed_{options.seeds[0]}"
     ]
     for name, folder in runs:

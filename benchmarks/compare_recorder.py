@@ -15,11 +15,12 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 from training_runs import write_json
 
 from lightning_modules.language import IGNORED
-from lightning_modules.streams import NO_STREAM
+from lightning_modules.layers.in_place_mlp import InPlaceMLP
+from lightning_modules.streams import NO_STREAM, Slots
 
 FINE = (0, 64, 256)
 """Where the cells of a first chunk begin; every later chunk is one cell."""
@@ -76,7 +77,9 @@ class FileLosses(Callback):
         for chunk, published in zip(batch, pl_module.streams.published, strict=True):
             self._add_losses(chunk, **published["token_loss"]["model"])
             if self._observes(batch_idx):
-                self._add_memory(chunk, published)
+                slots = pl_module.streams.slots("validate")  # committed: as after the batch
+                moved = in_place_statistics(pl_module.model, slots)
+                self._add_memory(chunk, memory_statistics(published) | moved)
             elif batch_idx > 0:  # the first one compiles and allocates
                 self._seconds += seconds
                 self._tokens += int((chunk["labels"] != IGNORED).sum())
@@ -109,10 +112,10 @@ class FileLosses(Callback):
         np.add.at(self._total, (file, cell), loss.double().cpu().numpy()[labelled])
         np.add.at(self._count, (file, cell), 1)
 
-    def _add_memory(self, chunk: Mapping[str, Any], published: Mapping[str, Any]) -> None:
+    def _add_memory(self, chunk: Mapping[str, Any], statistics: Mapping[str, Tensor]) -> None:
         """Rows that a file fills: padding writes nothing and has no step size."""
         whole = chunk["mask"].all(dim=1) & (chunk["stream_id"] != NO_STREAM)
-        for name, values in memory_statistics(published).items():
+        for name, values in statistics.items():
             for index, value in zip(
                 chunk["chunk_index"][whole].tolist(), values[whole].tolist(), strict=True
             ):
@@ -120,14 +123,17 @@ class FileLosses(Callback):
 
 
 def memory_statistics(published: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Statistic -> its mean over the adapters of all layers, `[B]`; empty where nothing learns."""
+    """Statistic -> its mean over the adapters of all layers, `[B]`; empty where nothing learns.
+
+    As `FastWeightMonitor` writes them: the state norm is |dW|, the relative change |dW| / |W|.
+    """
     weights = published.get("fast_weight", {}).values()
     losses = published.get("inner_loss", {}).values()
     parts = {
         "inner loss before": [fields["before"] for fields in losses],
         "inner loss after": [fields["after"] for fields in losses],
-        "|dW|": [fields["state_norm"] for fields in weights],
-        "|dW| / |W|": [f["state_norm"] / f["weight_norm"].clamp_min(1e-8) for f in weights],
+        "state norm": [fields["state_norm"] for fields in weights],
+        "relative change": [f["state_norm"] / f["weight_norm"].clamp_min(1e-8) for f in weights],
         "eta": [fields["eta"].mean(dim=1) for fields in weights],
     }
     return {
@@ -135,6 +141,17 @@ def memory_statistics(published: Mapping[str, Any]) -> dict[str, Tensor]:
         for name, values in parts.items()
         if values
     }
+
+
+def in_place_statistics(model: nn.Module, slots: Slots) -> dict[str, Tensor]:
+    """What moved in the MLPs of In-Place TTT, which publish nothing: mean over layers, `[B]`."""
+    norms, shares = [], []
+    for path, module in model.named_modules():
+        if isinstance(module, InPlaceMLP) and path in slots:
+            norms.append(slots[path]["dw"].float().flatten(1).norm(dim=1))
+            shares.append(norms[-1] / module.down_proj.weight.float().norm())
+    values = {"state norm": norms, "relative change": shares} if norms else {}
+    return {name: torch.stack(layers).mean(dim=0) for name, layers in values.items()}
 
 
 def summary(by_chunk: Mapping[int, list[float]]) -> dict[str, Any]:
