@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from compare_results import Measured
+from compare_results import Measured, comparable
 from compare_statistics import (
     FEWEST,
     Estimate,
@@ -38,7 +38,7 @@ def to_lora(arms: Mapping[str, Measured]) -> Figure:
     axes = figure.add_subplot(ylabel="loss minus LoRA's (nats per token)")
     axes.set_xlabel("position in the file: from this token to the next mark")
     for color, name in enumerate(arms):
-        if name == LORA:
+        if name == LORA or not comparable(arms, name, LORA):
             continue
         a, b, _ = shared(arms[name].readings, arms[LORA].readings)
         bins = position_bins(a)

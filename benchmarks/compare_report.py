@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from compare_figures import by_chunk, to_lora
-from compare_results import Measured, at_edge, measured, search_losses
+from compare_results import Measured, at_edge, comparable, measured, search_losses
 from compare_statistics import (
     FEWEST,
     LEAST,
@@ -64,7 +64,7 @@ def report(out: Path) -> None:
     figures = out / "figures"
     figures.mkdir(exist_ok=True)
     by_chunk(arms).savefig(figures / "compare_loss_by_chunk.png")
-    if LORA in arms and len(arms) > 1:
+    if len(arms) > 1 and LORA in arms:
         to_lora(arms).savefig(figures / "compare_difference_to_lora.png")
     results = {arm.trial: arm.runs for arm in arms.values()}
     parts = [
@@ -90,8 +90,8 @@ def table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def decision(arms: Arms) -> str:
     """The decision in words, where the arms that it needs are complete."""
-    if not {"ttt", LORA, "ttt_reset"} <= arms.keys():
-        return "No decision yet: it needs the arms lora, ttt_reset and ttt."
+    if not comparable(arms, "ttt", LORA) or not comparable(arms, "ttt", "ttt_reset"):
+        return "No decision yet: it needs the arms lora, ttt_reset and ttt, with a seed in common."
     learning, memory = _verdict(arms, "ttt", LORA), _verdict(arms, "ttt", "ttt_reset")
     text = f"**{decide(learning, memory, _verdict(arms, 'ttt', LORA, FAR))}**"
     if learning in ("equal", "worse"):
@@ -108,7 +108,7 @@ def verdict_table(arms: Arms) -> str:
     """Every question, on whole files and far from their beginning."""
     rows = []
     for one, other, question in QUESTIONS:
-        if one not in arms or other not in arms:
+        if not comparable(arms, one, other):
             continue
         a, b, seeds = shared(arms[one].readings, arms[other].readings)
         for low in sorted({0, a.chunk_length, FAR}):
@@ -161,8 +161,8 @@ def position_table(arms: Arms) -> str:
     for name, arm in arms.items():
         cells = (plain(level(arm.mean, region(first, *edges))) for edges in bins)
         rows.append([name, *cells])
-    for name in arms if LORA in arms else ():
-        if name != LORA:
+    for name in arms:
+        if name != LORA and comparable(arms, name, LORA):
             a, b, _ = shared(arms[name].readings, arms[LORA].readings)
             cells = (signed(difference(a, b, region(a, *edges))) for edges in bins)
             rows.append([f"{name} - lora", *cells])

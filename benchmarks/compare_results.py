@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -40,6 +41,13 @@ class Measured:
         """A statistic of the fast weights, mean over seeds."""
         values = [run["memory"][name]["mean"] for run in self.runs if name in run["memory"]]
         return mean(values) if values else None
+
+
+def comparable(arms: Mapping[str, Measured], one: str, other: str) -> bool:
+    """Whether both are there, with a seed in common."""
+    if one not in arms or other not in arms:
+        return False
+    return bool(arms[one].readings.keys() & arms[other].readings.keys())
 
 
 def measured(out: Path) -> dict[str, Measured]:

@@ -48,20 +48,21 @@ TRIALS: dict[str, Trial] = trials_of(ARMS)
 
 
 def match_in_place(options: Mapping[str, Any]) -> int:
-    """The `in_place.every_n` whose parameters are nearest to those of the LoRA.
-
-    Args:
-        options: of a `TTTLoRAModule` on a pretrained model, as in a config.
-    """
-    pretrained, options = options["pretrained"], dict(options)
+    """`nearest_in_place` for the options of a `TTTLoRAModule` on a pretrained model."""
+    pretrained = options["pretrained"]
     files = {"gguf_file": name} if (name := pretrained.get("gguf_file")) else {}
-    config = AutoConfig.from_pretrained(pretrained["name"], **files)
+    return nearest_in_place(AutoConfig.from_pretrained(pretrained["name"], **files), options)
+
+
+def nearest_in_place(config: Any, options: Mapping[str, Any]) -> int:
+    """The `in_place.every_n` whose parameters are nearest to those of the LoRA."""
     wanted = adapter_size(config, "lora", options)
-    sizes = {}
+    in_place = options.get("in_place") or {}
+    distances = {}
     for every_n in range(1, config.get_text_config().num_hidden_layers + 1):
-        options["in_place"] = {**(options.get("in_place") or {}), "every_n": every_n}
-        sizes[every_n] = adapter_size(config, "in_place", options)
-    return min(sizes, key=lambda every_n: abs(sizes[every_n] - wanted))
+        changed = {**options, "in_place": {**in_place, "every_n": every_n}}
+        distances[every_n] = abs(adapter_size(config, "in_place", changed) - wanted)
+    return min(distances, key=distances.__getitem__)
 
 
 def adapter_size(config: Any, method: Any, options: Mapping[str, Any]) -> int:
