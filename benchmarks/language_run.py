@@ -1,8 +1,12 @@
-"""One run of `lact.py` or `memory.py`: train by its config file, or measure what was trained."""
+"""One run of `lact.py` or `memory.py`: train by its config file, or measure what was trained.
+
+`compare_run.py` trains by it, too.
+"""
 
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,7 @@ PACKAGES = ("torch", "lightning", "transformers")
 
 def train(folder: Path) -> None:
     """Train, or continue; keep the curves."""
-    last = folder / "log" / "checkpoints" / "last.ckpt"
+    last = last_checkpoint(folder)
     command = ["fit", "--config", str(folder / "config.yaml")]
     cli.main([*command, "--ckpt_path", str(last)] if last.exists() else command)
     events = EventAccumulator(str(folder / "log")).Reload()
@@ -40,6 +44,7 @@ def train(folder: Path) -> None:
         **machine(PACKAGES),
         "seconds": times[-1] - times[0],
         "tokens_per_second": sorted(rate)[len(rate) // 2],
+        "peak_memory": peak_memory(),
         "curves": curves,
         "last": {
             tag: events.Scalars(tag)[-1].value
@@ -52,16 +57,14 @@ def train(folder: Path) -> None:
 
 def evaluate(name: str, folder: Path) -> None:
     """Loss, accuracy and loss by position of the last checkpoint, on all validation data."""
-    last = folder / "log" / "checkpoints" / "last.ckpt"
     scalars = validate(folder, [folder / "config.yaml"], "evaluation")
-    state = torch.load(last, map_location="cpu", weights_only=True)["state_dict"]
     other = folder / "held_out.yaml"
     if other.exists():
         held_out = validate(folder, [folder / "config.yaml", other], "held_out")
         scalars["held_out/loss"] = held_out["val/loss"]
     result = {
         "trial": name,
-        "parameters": sum({v.data_ptr(): v.numel() for v in state.values()}.values()),
+        "parameters": trained(folder),
         "loss": scalars["val/loss"],
         "accuracy": scalars["val/accuracy"],
         "held_out": scalars.get("held_out/loss"),
@@ -75,12 +78,31 @@ def evaluate(name: str, folder: Path) -> None:
     write_json(folder / "result.json", result)
 
 
-def validate(folder: Path, configs: list[Path], name: str) -> dict[str, float]:
-    """What a validation of the last checkpoint logs."""
-    last = folder / "log" / "checkpoints" / "last.ckpt"
+def last_checkpoint(folder: Path) -> Path:
+    """Where a run goes on."""
+    return folder / "log" / "checkpoints" / "last.ckpt"
+
+
+def trained(folder: Path) -> int:
+    """Number of parameters in the last checkpoint, which leaves frozen ones out."""
+    state = torch.load(last_checkpoint(folder), map_location="cpu", weights_only=True)["state_dict"]
+    return sum({v.data_ptr(): v.numel() for v in state.values()}.values())
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has held: on a GPU if it uses one, else of main memory."""
+    on_gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def validate(
+    folder: Path, configs: list[Path], name: str, *, untrained: bool = False
+) -> dict[str, float]:
+    """What a validation of the last checkpoint logs, or of the model as it is before training."""
     options = [part for path in configs for part in ("--config", str(path))]
-    place = ["--trainer.logger.init_args.name", name]
-    cli.main(["validate", *options, "--ckpt_path", str(last), *place])
+    options += [] if untrained else ["--ckpt_path", str(last_checkpoint(folder))]
+    cli.main(["validate", *options, "--trainer.logger.init_args.name", name])
     events = EventAccumulator(str(folder / name)).Reload()
     return {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
 

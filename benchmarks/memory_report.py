@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from memory_trials import ARMS, TRIALS, arm_of
-from training_runs import Results, machines, read, speed, spread, texts
+from memory_trials import ARMS, TRIALS
+from training_runs import Results, arm_of, machines, read, speed, spread, texts
 
 ROUTER = ("load_entropy", "dead", "top_k_mass", "changed")
 """What the router did in the end, mean over layers."""

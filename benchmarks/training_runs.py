@@ -38,7 +38,7 @@ class Trial:
     """One row of the results.
 
     Args:
-        config: name of a file in `configs/`, without `.yaml`.
+        config: name of a file in `configs/`, or path of one elsewhere, without `.yaml`.
         about: what the row is, in words.
         changes: dotted key -> value, set in the config.
     """
@@ -46,6 +46,36 @@ class Trial:
     config: str
     about: str
     changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Arm(Trial):
+    """One row of a comparison in which every row has the learning rate that is best for it.
+
+    Args:
+        rates: learning rates from which the best is taken.
+    """
+
+    rates: tuple[float, ...] = ()
+
+
+LR = "model.init_args.optimizer.init_args.lr"
+
+
+def trials_of(arms: Mapping[str, Arm]) -> dict[str, Trial]:
+    """Every arm at every learning rate, `ARM/RATE`."""
+    return {
+        f"{name}/{rate:g}": Trial(
+            arm.config, f"{arm.about}, lr {rate:g}", {**arm.changes, LR: rate}
+        )
+        for name, arm in arms.items()
+        for rate in arm.rates
+    }
+
+
+def arm_of(trial: str) -> str:
+    """Name of the arm of a trial."""
+    return trial.rpartition("/")[0]
 
 
 def make_parser(description: str, commands: Sequence[str]) -> argparse.ArgumentParser:
