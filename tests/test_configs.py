@@ -11,8 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_modules.policy import ActionExpertPolicy
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+ELSEWHERE = ("pi0", "lact", "memory", "ttt_lora", "lora", "in_place", "compare")
 EXPERIMENTS = sorted(CONFIGS.glob("*.yaml"))
-SIMULATED = [p for p in EXPERIMENTS if not p.stem.startswith(("pi0", "lact", "memory"))]
+SIMULATED = [p for p in EXPERIMENTS if not p.stem.startswith(ELSEWHERE)]
 """The others have test files of their own."""
 OVERLAYS = sorted(CONFIGS.glob("*/*.yaml"))
 TINY = CONFIGS / "tiny" / "action_expert.yaml"
