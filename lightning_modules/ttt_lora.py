@@ -62,7 +62,12 @@ class TTTLoRAModule(LanguageModule):
     """
 
     GROUPS = GROUPS
-    DATA_MODULES = ("TextStreamDataModule", "ChatDataModule", "RecallDataModule")
+    DATA_MODULES = (
+        "TextStreamDataModule",
+        "ChatDataModule",
+        "RecallDataModule",
+        "AudioCodeDataModule",
+    )
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from audio_cases import write_codes
 from config_cases import CONFIGS, fit_validate_resume, run_folder
 from lact_module_cases import save_pretrained
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -17,7 +18,7 @@ from lightning_modules.models.projection_lora import ProjectionLoRA
 from lightning_modules.models.ttt_lora import TTTLoRAPlacement, inject_method, parameter_group
 
 TINY = CONFIGS / "tiny" / "text.yaml"
-SCRATCH = ["ttt_lora_small"]
+SCRATCH = ["ttt_lora_small", "ttt_lora_moshi_tiny"]
 HUB = {
     "ttt_lora_smollm2": {"theta", "fast", "gate"},
     "lora_smollm2": {"lora"},
@@ -56,6 +57,23 @@ def test_small_config_fits_validates_goes_on_and_writes_what_its_monitors_promis
     assert any(tag.startswith("chunk_loss/chunk_") for tag in written)
     assert "position_loss/curve" in events.Tags()["images"]
     assert groups_in(run / "checkpoints" / "last.ckpt") == {"base", "theta", "fast", "gate"}
+
+
+def test_moshi_learns_from_files_of_audio_codes(run_cli, tmp_path: Path) -> None:
+    codes = write_codes(tmp_path, copies=4)
+    run = run_folder(tmp_path, "ttt_lora_moshi_tiny")
+    options = [*options_of("ttt_lora_moshi_tiny"), "--data.path", str(codes)]
+    options += ["--data.chunk_frames", "12", "--model.init_args.config.num_hidden_layers", "2"]
+    events = fit_validate_resume(run_cli, options, run)
+    written = set(events.Tags()["scalars"])
+    assert {"train/loss", "val/loss", "val/accuracy", "fast_weight/reset_share"} <= written
+    assert not fast_weight_tags("moshi", 2) - written
+    assert any(tag.startswith("position_loss/from_") for tag in written)
+    assert groups_in(run / "checkpoints" / "last.ckpt") == {"base", "theta", "fast", "gate"}
+    (codes / "zz.npy").write_bytes(b"")
+    refused = run_cli("fit", *options)
+    assert refused.code != 0 and "Traceback" not in refused.err
+    assert "zz.npy cannot be read as codes" in refused.last_line
 
 
 def fast_weight_tags(architecture: str, layers: int) -> set[str]:
