@@ -32,9 +32,7 @@ models (--model NAME):
 examples:
   python cli.py fit --config configs/quickstart.yaml
   python cli.py fit --config configs/quickstart.yaml --trainer.max_steps 50 --data.batch_size 4
-  python cli.py fit --config configs/lact_small.yaml
-  python cli.py fit --config configs/memory_small.yaml
-  python cli.py fit --config configs/ttt_lora_small.yaml
+  python cli.py fit --config configs/lact_small.yaml  (or memory_small, ttt_lora_small)
   python cli.py fit --config configs/quickstart.yaml --print_config
   python cli.py fit --model.help ActionExpertModule
   python cli.py fit --help

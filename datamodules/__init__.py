@@ -9,6 +9,7 @@ from typing import Any
 
 _HOMES = {
     "ActionChunkDataModule": "datamodules.action_chunks",
+    "AudioCodeDataModule": "datamodules.audio_codes",
     "ChatDataModule": "datamodules.chat",
     "RecallDataModule": "datamodules.recall",
     "RecordedSimulation": "datamodules.action_chunks",
@@ -18,6 +19,7 @@ _HOMES = {
 
 __all__ = [
     "ActionChunkDataModule",
+    "AudioCodeDataModule",
     "ChatDataModule",
     "RecallDataModule",
     "RecordedSimulation",

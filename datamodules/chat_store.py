@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import sys
 import time
 from collections import Counter
@@ -29,6 +28,7 @@ from datamodules.token_store import (
     TOKENIZER,
     TOKENS,
     TokenStore,
+    slug,
     write_json,
 )
 
@@ -67,8 +67,7 @@ def chat_store_path(
     """Folder of conversations: its name changes with them, the template and their length."""
     parts = [FORMAT, conversations.key, template.tokenizer.key, template.text, places]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
-    slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "conversations"
-    return Path(cache) / f"chat-{slug}-{digest}"
+    return Path(cache) / f"chat-{slug(name) or 'conversations'}-{digest}"
 
 
 def encode_conversations(

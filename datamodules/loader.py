@@ -126,7 +126,11 @@ class StreamLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[list[Chunk]]:
-        """Batches of the sampler's epoch; after `load_state_dict` only those not yet seen."""
+        """Batches of the sampler's epoch; after `load_state_dict` only those not yet seen.
+
+        Raises:
+            ValueError: the state is of other rows.
+        """
         self._position = self._take_resume_position()
         self.sampler.start = self._position
         for batch in self._loader:
@@ -137,11 +141,31 @@ class StreamLoader:
         resume, self._resume = self._resume, None
         if resume is None or resume["epoch"] != self.sampler.epoch:
             return 0
+        if resume["position"] > 0:
+            self._check_rows(resume)
         return resume["position"]
 
+    def _check_rows(self, resume: Mapping[str, int]) -> None:
+        """Raise if batches were made of other rows: their number would be another place."""
+        here = self._rows()
+        if resume.get("world_size", here["world_size"]) != here["world_size"]:
+            return  # the streams start afresh, with a warning of `StreamStateCheckpoint`
+        for name, value in here.items():
+            if resume.get(name, value) != value:
+                raise ValueError(
+                    f"the checkpoint was written in the middle of an epoch with {name}="
+                    f"{resume[name]}, but {name} is {value} now: its rows, and what they have "
+                    f"learned, would not go on; resume with data.init_args.{name}={resume[name]}"
+                )
+
+    def _rows(self) -> dict[str, int]:
+        """What makes a number of batches a place in the files."""
+        sampler = self.sampler
+        return {name: getattr(sampler, name) for name in ("batch_size", "tbptt", "world_size")}
+
     def state_dict(self) -> dict[str, int]:
-        """Epoch and number of batches of it that were handed out."""
-        return {"epoch": self.sampler.epoch, "position": self._position}
+        """Epoch, number of batches of it that were handed out, and of what rows they are made."""
+        return {"epoch": self.sampler.epoch, "position": self._position, **self._rows()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue behind the batches that were handed out when `state` was taken."""

@@ -98,8 +98,12 @@ def store_path(
         tokenizer += [PretrainedTokenizer.load(config.name).key]
     text = json.dumps([FORMAT, corpus.key, tokenizer])
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "documents"
-    return Path(cache) / f"text-{slug}-{config.kind}-{digest}"
+    return Path(cache) / f"text-{slug(name) or 'documents'}-{config.kind}-{digest}"
+
+
+def slug(name: str) -> str:
+    """A name as part of a folder's."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.")
 
 
 def tokenise(path: Path, corpus: Corpus, config: TokenizerConfig, val_fraction: float) -> None:
@@ -109,6 +113,11 @@ def tokenise(path: Path, corpus: Corpus, config: TokenizerConfig, val_fraction: 
         ValueError: no document can be used.
         RuntimeError: files changed meanwhile.
     """
+    write_store(path, corpus, lambda: _make_tokenizer(config, corpus, val_fraction))
+
+
+def write_store(path: Path, corpus: Corpus, make_tokenizer: Callable[[], Tokenizer]) -> None:
+    """`tokenise` with a tokenizer that is made when nobody else has written the folder."""
     if path.exists():
         return
     started = time.perf_counter()
@@ -117,12 +126,11 @@ def tokenise(path: Path, corpus: Corpus, config: TokenizerConfig, val_fraction: 
     except FileExistsError:  # another process wrote it while we waited for its lock
         return
     with target:
-        tokenizer = _make_tokenizer(config, corpus, val_fraction)
+        tokenizer = make_tokenizer()
         meta = _write_documents(target.folder, corpus, tokenizer)
         if corpus.content_hash not in (None, meta["content_hash"]):
             raise RuntimeError("documents changed while they were read; run again")
-        if config.kind != "bytes":
-            tokenizer.save(target.folder / TOKENIZER)
+        tokenizer.save(target.folder / TOKENIZER)
         write_json(target.folder / META, {**meta, "vocab_size": tokenizer.vocab_size})
     print(
         f"tokenised {meta['documents']} documents in {time.perf_counter() - started:.1f} s: {path}"

@@ -205,7 +205,10 @@ class AdapterModule(pl.LightningModule):
             if parameter.requires_grad:
                 members.setdefault((group, self.decays(name, parameter)), []).append(parameter)
         if not members:
-            raise ValueError("no parameter is left to train: every group is frozen")
+            raise ValueError(
+                "no parameter is left to train: every group is frozen, or nothing was added to a "
+                "frozen model (then use validate or test)"
+            )
         return [self._optimizer_group(*key, members[key]) for key in sorted(members)]
 
     def _optimizer_group(

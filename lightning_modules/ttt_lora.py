@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.cli import OptimizerCallable
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lightning_modules.base import ParameterGroup, Schedule
 from lightning_modules.language import LanguageModule
+from lightning_modules.models.adapter_files import save_adapters
 from lightning_modules.models.in_place import InPlaceOptions
 from lightning_modules.models.pretrained import LeftOut, PretrainedOptions
 from lightning_modules.models.projection_lora import ProjectionLoRA
@@ -60,7 +62,12 @@ class TTTLoRAModule(LanguageModule):
     """
 
     GROUPS = GROUPS
-    DATA_MODULES = ("TextStreamDataModule", "ChatDataModule", "RecallDataModule")
+    DATA_MODULES = (
+        "TextStreamDataModule",
+        "ChatDataModule",
+        "RecallDataModule",
+        "AudioCodeDataModule",
+    )
 
     def __init__(
         self,
@@ -93,14 +100,16 @@ class TTTLoRAModule(LanguageModule):
         self.lora = lora or ProjectionLoRA()
 
     def options(self) -> dict[str, Any]:
-        """Options that a checkpoint must agree with."""
+        """Options that a checkpoint must agree with: those of other methods do not matter."""
         return {
             "method": self.method,
             "pretrained": None if self.pretrained is None else asdict(self.pretrained),
             "config": self.config,
-            "ttt_lora": asdict(self.ttt_lora),
-            "in_place": asdict(self.in_place),
-            "lora": asdict(self.lora),
+            **{
+                name: asdict(getattr(self, name))
+                for name in self.method.split("+")
+                if name != "none"
+            },
         }
 
     def check(self, features: Mapping[str, Any]) -> None:
@@ -144,6 +153,25 @@ class TTTLoRAModule(LanguageModule):
         for parameter in frozen:
             parameter.requires_grad_(False)
         return model
+
+    def save_adapters(self, folder: str | Path) -> None:
+        """Write the trained adapters, without their base unless that was trained, too.
+
+            TTTLoRAModule.load_from_checkpoint("last.ckpt", **init_args).save_adapters("saved")
+            model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+            load_adapters(model, "saved")  # of lightning_modules.models.adapter_files
+
+        Args:
+            folder: a new or empty folder.
+
+        Raises:
+            ValueError: there is no model yet, or it has no adapters.
+            FileExistsError: there is something in the folder.
+        """
+        if self.model is None:
+            raise ValueError("there is no model to save yet: fit, or load a checkpoint first")
+        trained = self.pretrained is None or self.pretrained.train == "all"
+        save_adapters(self.model, folder, with_base=trained)
 
     def parameter_group(self, name: str) -> str:
         """One of `GROUPS`, see `models.ttt_lora.parameter_group`."""

@@ -34,7 +34,8 @@ def inject_in_place(model: nn.Module, options: InPlaceOptions) -> list[str]:
     """Let the MLPs of every n-th layer learn. The model computes what it did, bit for bit.
 
     Load the base weights first. The MLPs keep the names of their weights; what is new is in
-    `mlp.ttt`. State comes with `fast_state=` or a `FastStateCache`.
+    `mlp.ttt`, the options in `model.in_place_options`. State comes with `fast_state=` or a
+    `FastStateCache`.
 
     Args:
         model: a decoder whose layers have `self_attn` and a gated `mlp`.
@@ -64,6 +65,7 @@ def inject_in_place(model: nn.Module, options: InPlaceOptions) -> list[str]:
         mlp.slot, mlp.context = path, contexts[path]
         owner = model.get_submodule(path.rpartition(".")[0])
         setattr(owner, MLP_NAME, mlp.train(owner.training))
+    model.in_place_options = options
     return list(learning)
 
 
@@ -76,5 +78,6 @@ def remove_in_place(model: nn.Module) -> list[str]:
     for path, mlp in found:
         owner, _, name = path.rpartition(".")
         setattr(model.get_submodule(owner), name, mlp.unwrap())
+    model.__dict__.pop("in_place_options", None)
     disconnect(model)
     return [path for path, _ in found]

@@ -20,14 +20,13 @@ from transformers import PreTrainedModel
 
 from lightning_modules.adapters.registry import as_config
 from lightning_modules.layers.memory_bank import QuantizedBank
+from lightning_modules.models.folders import new_folder
 from lightning_modules.models.frozen import fingerprint
 from lightning_modules.models.memory import BANKS, inject_memory, memory_layers
 from lightning_modules.models.memory_options import MemoryOptions
+from lightning_modules.models.peft_files import PEFT_WEIGHTS, WRAPPER, load_peft, save_peft
 
 WEIGHTS, OPTIONS = "memory.safetensors", "memory.json"
-LORA_WEIGHTS = "adapter_model.safetensors"
-LORA_PREFIX = "base_model.model."
-"""Of every name in peft's files."""
 
 
 def save_memory(model: PreTrainedModel, folder: str | Path, with_base: bool = False) -> None:
@@ -44,20 +43,14 @@ def save_memory(model: PreTrainedModel, folder: str | Path, with_base: bool = Fa
         ValueError: the model has no memory.
         FileExistsError: there is something in the folder.
     """
-    target = Path(folder)
     weights = {name: value.contiguous() for name, value in _memory_state(model).items()}
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} is not empty: save the memory into a new folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}_") as place:
-        part = Path(place) / "part"
-        part.mkdir()
+    with new_folder(folder, "the memory") as part:
         save_file(weights, part / WEIGHTS)
         (part / OPTIONS).write_text(json.dumps(_description(model), indent=2) + "\n")
-        _save_lora(model, part)
+        if configs := getattr(model, "peft_config", None):
+            save_peft(model, part, next(iter(configs)))
         if with_base:
             model.save_pretrained(part, state_dict=_base_state(model))
-        os.replace(part, target)
 
 
 def load_memory(model: nn.Module, folder: str | Path) -> None:
@@ -82,7 +75,8 @@ def load_memory(model: nn.Module, folder: str | Path) -> None:
         )
     weights = load_file(source / WEIGHTS)
     options = as_config(MemoryOptions, stored["options"], OPTIONS)
-    _load_lora(model, source)
+    if (source / PEFT_WEIGHTS).exists():
+        load_peft(model, source)
     inject_memory(model, options)
     if stored["bits"] is not None:
         quantize_memory(model, stored["bits"])
@@ -170,27 +164,4 @@ def _of_base(
     prefixes = _prefixes(model)
     for name, tensor in tensors:
         if not name.startswith(prefixes) and "lora_" not in name:
-            yield name.replace(".base_layer", ""), tensor
-
-
-def _save_lora(model: nn.Module, folder: Path) -> None:
-    config = getattr(model, "peft_config", None)
-    if not config:
-        return
-    from peft import get_peft_model_state_dict
-
-    state = get_peft_model_state_dict(model)
-    tensors = {f"{LORA_PREFIX}{name}": v.cpu().contiguous() for name, v in state.items()}
-    save_file(tensors, folder / LORA_WEIGHTS)
-    next(iter(config.values())).save_pretrained(folder)
-
-
-def _load_lora(model: nn.Module, folder: Path) -> None:
-    if not (folder / LORA_WEIGHTS).exists():
-        return
-    from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
-
-    inject_adapter_in_model(PeftConfig.from_pretrained(folder), model)
-    state = load_file(folder / LORA_WEIGHTS)
-    names = {name.removeprefix(LORA_PREFIX): value for name, value in state.items()}
-    set_peft_model_state_dict(model, names)
+            yield name.replace(WRAPPER, ""), tensor

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lightning_modules.models.peft_files import put_beside
+
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -35,7 +37,7 @@ class ProjectionLoRA:
 
 def inject_lora(model: nn.Module, options: ProjectionLoRA) -> None:
     """Put LoRA into a model, in place; peft freezes what was there."""
-    from peft import LoraConfig, inject_adapter_in_model  # slow to import, and seldom needed
+    from peft import LoraConfig  # slow to import, and seldom needed
 
     config = LoraConfig(
         r=options.rank,
@@ -43,4 +45,4 @@ def inject_lora(model: nn.Module, options: ProjectionLoRA) -> None:
         target_modules=list(options.targets),
         lora_dropout=0.0,
     )
-    inject_adapter_in_model(config, model)
+    put_beside(model, config)

@@ -9,9 +9,12 @@ from torch import nn
 
 from lightning_modules.layers.ttt_lora import FAST, RATE, TTTLoRAOptions
 from lightning_modules.models.in_place import InPlaceOptions, inject_in_place
+from lightning_modules.models.peft_files import put_beside
 from lightning_modules.models.projection_lora import ProjectionLoRA, inject_lora
 
 CELLS = "ttt_lora_cells"
+TTT_LORA = "ttt_lora"
+"""Name of the adapter in peft's terms; that of LoRA is `default`."""
 Method = Literal["none", "lora", "ttt_lora", "in_place", "ttt_lora+lora"]
 METHODS = ("none", "lora", "ttt_lora", "in_place", "ttt_lora+lora")
 GROUPS = ("base", "theta", "fast", "gate", "in_place", "lora")
@@ -44,9 +47,7 @@ class TTTLoRAPlacement:
 
 def inject_ttt_lora(model: nn.Module, placement: TTTLoRAPlacement) -> None:
     """Put TTT-LoRA into a model, in place, as the adapter `ttt_lora`; peft freezes the rest."""
-    from peft import inject_adapter_in_model  # slow to import, and seldom needed
-
-    from lightning_modules.adapters.ttt_lora import TTTLoraConfig
+    from lightning_modules.adapters.ttt_lora import TTTLoraConfig  # slow: imports peft
 
     config = TTTLoraConfig(
         inner_dim=placement.inner_dim,
@@ -57,7 +58,7 @@ def inject_ttt_lora(model: nn.Module, placement: TTTLoRAPlacement) -> None:
         group_siblings=placement.group_siblings,
         **asdict(placement.learner),
     )
-    inject_adapter_in_model(config, model, adapter_name="ttt_lora")
+    put_beside(model, config, TTT_LORA)
 
 
 def inject_method(
@@ -77,9 +78,7 @@ def inject_method(
     if method.startswith("ttt_lora"):
         inject_ttt_lora(model, ttt_lora)
     if method.endswith("+lora") or method == "lora":
-        before = getattr(model, "peft_config", {})
         inject_lora(model, lora)
-        model.peft_config = {**before, **model.peft_config}
 
 
 def parameter_group(name: str) -> str:

@@ -146,3 +146,22 @@ def test_iterating_does_not_draw_from_the_global_generator() -> None:
     before = torch.get_rng_state()
     list(StreamLoader(Numbers(), StreamBatchSampler(LENGTHS, 2)))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_place_in_an_epoch_is_of_its_rows_and_between_epochs_they_may_change() -> None:
+    def loader(batch_size: int = 3, tbptt: int = 2, world_size: int = 1) -> StreamLoader:
+        sampler = StreamBatchSampler(LENGTHS, batch_size, tbptt=tbptt, world_size=world_size)
+        return StreamLoader(Numbers(), sampler)
+
+    first = loader()
+    assert next(iter(first))
+    for other, name in ((loader(batch_size=2), "batch_size=3"), (loader(tbptt=1), "tbptt=2")):
+        other.load_state_dict(first.state_dict())
+        with pytest.raises(ValueError, match=f"resume with data.init_args.{name}"):
+            next(iter(other))
+        other.load_state_dict(first.state_dict())
+        other.sampler.set_epoch(1)
+        assert len(list(other)) == len(other)
+    fewer = loader(batch_size=1, world_size=2)  # of which the streams' checkpoint warns
+    fewer.load_state_dict(first.state_dict())
+    assert len(list(fewer)) == len(fewer) - 1

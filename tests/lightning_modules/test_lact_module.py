@@ -108,7 +108,7 @@ def test_resumed_in_the_middle_of_files_equals_never_stopped(
     [
         ({"lact_chunk_size": 4}, {}, "lact_chunk_size"),
         ({"r": 1, "residual_ttt": False}, {}, "r.: 1"),
-        ({}, {"batch_size": 3}, "batch now has 3 rows instead of 2"),
+        ({}, {"batch_size": 3}, "resume with data.init_args.batch_size=2"),
     ],
     ids=["chunk size", "r", "batch size"],
 )

@@ -1,0 +1,31 @@
+"""Folders of saved weights, which appear when all of them is written."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def new_folder(path: str | Path, what: str) -> Iterator[Path]:
+    """A place to write to that becomes the folder at the end, unless an error comes first.
+
+    Args:
+        path: a new or empty folder.
+        what: is saved, for the message.
+
+    Raises:
+        FileExistsError: there is something in the folder.
+    """
+    target = Path(path)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} is not empty: save {what} into a new folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}_") as place:
+        part = Path(place) / "part"
+        part.mkdir()
+        yield part
+        os.replace(part, target)
