@@ -47,13 +47,18 @@ def save_peft(model: nn.Module, folder: Path, name: str = "default") -> None:
     """
     from peft import get_peft_model_state_dict
 
+    from lightning_modules.adapters.ttt_lora.base import base_fingerprint
+
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     tensors = {
         f"{PEFT_PREFIX}{key.replace(WRAPPER, '')}": value.cpu().contiguous()
         for key, value in state.items()
     }
     save_file(tensors, folder / PEFT_WEIGHTS)
-    model.peft_config[name].save_pretrained(folder)
+    config = model.peft_config[name]
+    if hasattr(config, "base_fingerprint"):  # the base may have been trained since
+        config.base_fingerprint = base_fingerprint(model)
+    config.save_pretrained(folder)
 
 
 def load_peft(model: nn.Module, folder: Path, name: str = "default") -> None:

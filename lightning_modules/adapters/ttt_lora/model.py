@@ -62,12 +62,6 @@ class TTTLoraModel(BaseTuner):
         super().delete_adapter(adapter_name)
         self._regroup(self.model)
 
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """Name of a weight in peft's files; peft itself takes only the last part but one away."""
-        (cells,) = cls.tuner_layer_cls.adapter_layer_names
-        return key.replace(f".{cells}.{adapter_name}.", f".{cells}.")
-
     def _prepare_model(self, peft_config: TTTLoraConfig, model: nn.Module) -> None:
         """Check all that is targeted before the first layer is replaced, and choose the sizes."""
         _maybe_include_all_linear_layers(peft_config, model)
