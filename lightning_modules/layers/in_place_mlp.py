@@ -215,7 +215,19 @@ class InPlaceMLP(nn.Module, InDeepContext):
         o, after = self._remember(z, targets, mask, document_ids, state, adapt)
         if fast_state is not None:
             fast_state.write(self.own_slot(), after)
+            if fast_state.listens("fast_weight"):
+                self._publish_norms(fast_state, after.dw)
         return o
+
+    @torch.no_grad()
+    def _publish_norms(self, fast_state: FastState, dw: Tensor) -> None:
+        """Sizes of what was learned, `[B, 1]`, and of the weight that it is added to, `[1]`."""
+        fast_state.publish(
+            "fast_weight",
+            self.own_slot(),
+            state_norm=dw.flatten(1).norm(dim=1, keepdim=True),
+            weight_norm=self.down_proj.weight.norm().to(dw.dtype).view(1),
+        )
 
     def _remember(
         self,

@@ -28,6 +28,7 @@ from ttt_lora_tuner_cases import (
 
 from lightning_modules.layers.in_place_mlp import InPlaceConfig, InPlaceMLP
 from lightning_modules.models.in_place import InPlaceOptions, inject_in_place, remove_in_place
+from lightning_modules.streams import FastState
 
 GATED = ["gate_proj", "up_proj"]
 
@@ -195,3 +196,15 @@ def test_too_few_layers_and_other_mlps_are_errors_that_leave_the_model_alone() -
     assert not learning(model) and hooks(model) == hooks(plain_model())
     with pytest.raises(TypeError, match="MoshiGatingMLP has no gate_proj"):
         add_in_place(plain_model("moshi"))
+
+
+def test_monitors_learn_how_far_each_weight_has_moved() -> None:
+    model, state = plain_model(), FastState(listening=["fast_weight"])
+    add_in_place(model)
+    shake(model)
+    model(input_ids=text(), fast_state=state)
+    for path, mlp in learning(model).items():
+        published, dw = state.published["fast_weight"][path], state.outgoing[path]["dw"]
+        assert (dw.flatten(1).norm(dim=1) > 0).all()
+        torch.testing.assert_close(published["state_norm"], dw.flatten(1).norm(dim=1).unsqueeze(1))
+        assert published["weight_norm"].item() == mlp.down_proj.weight.norm().item()
