@@ -13,6 +13,9 @@ import yaml
 from language_run import PACKAGES, last_checkpoint, peak_memory, provenance, trained, validate
 from training_runs import machine, write_config, write_json
 
+CONFIGS = ("config", "evaluation")
+"""As it was trained, and what its evaluation changes."""
+
 READING, RESET = "reading", "reading_reset"
 """Names of what `compare_recorder.FileLosses` writes: as trained, and with the memory off."""
 
@@ -39,7 +42,7 @@ def evaluate(name: str, folder: Path) -> None:
         **reading,
         "reset": read_files(folder, RESET, "reset") if remembers else None,
         "in_place_every_n": model["in_place"]["every_n"] if model["method"] == "in_place" else None,
-        "data": provenance(folder),
+        "data": provenance(overlaid(*(_config(folder, part) for part in CONFIGS))),
         **machine(PACKAGES),
         "training": json.loads((folder / "training.json").read_text()),
     }
@@ -53,7 +56,7 @@ def check_finished(folder: Path) -> None:
         SystemExit: it is an earlier one.
     """
     last = last_checkpoint(folder)
-    steps = yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["max_steps"]
+    steps = _config(folder)["trainer"]["max_steps"]
     found = torch.load(last, map_location="cpu", weights_only=True)["global_step"]
     if found != steps:
         raise SystemExit(f"{last} is of step {found} instead of {steps}: remove training.json")
@@ -72,14 +75,26 @@ def read_files(folder: Path, name: str, fast_state: str) -> dict[str, Any]:
             "trainer": {"limit_val_batches": 1.0, "callbacks": [recorder]},
         }
         write_config(overlay, folder, f"{name}.yaml")
-        configs = [folder / f"{part}.yaml" for part in ("config", "evaluation", name)]
+        configs = [folder / f"{part}.yaml" for part in (*CONFIGS, name)]
         untrained = _model(folder)["method"] == "none"
         validate(folder, configs, f"log_{name}", untrained=untrained)
     return json.loads(summary.read_text())
 
 
+def overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """A config with what another one sets, as the command line reads them."""
+    both = {
+        k: v for k, v in above.items() if isinstance(v, dict) and isinstance(below.get(k), dict)
+    }
+    return {**below, **above, **{key: overlaid(below[key], value) for key, value in both.items()}}
+
+
+def _config(folder: Path, name: str = "config") -> dict[str, Any]:
+    return yaml.safe_load((folder / f"{name}.yaml").read_text())
+
+
 def _model(folder: Path) -> dict[str, Any]:
-    return yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]
+    return _config(folder)["model"]["init_args"]
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def evaluate(name: str, folder: Path) -> None:
         "held_out": scalars.get("held_out/loss"),
         "by_position": _curve(scalars, "position_loss/from_"),
         "by_chunk": _curve(scalars, "chunk_loss/chunk_"),
-        "data": provenance(folder),
+        "data": provenance(yaml.safe_load((folder / "config.yaml").read_text())),
         **cost(folder),
         **machine(PACKAGES),
         "training": json.loads((folder / "training.json").read_text()),
@@ -133,9 +133,9 @@ def _curve(scalars: dict[str, float], prefix: str) -> list[list[float]]:
     return [[place, found[place]] for place in sorted(found)]
 
 
-def provenance(folder: Path) -> dict[str, Any]:
+def provenance(config: dict[str, Any]) -> dict[str, Any]:
     """Which texts these are; empty for drawn sequences."""
-    data = text_data(yaml.safe_load((folder / "config.yaml").read_text()))
+    data = text_data(config)
     return {} if data is None else data.provenance
 
 
