@@ -39,7 +39,8 @@ def train(folder: Path) -> None:
         if tag in tags
     }
     times = [event.wall_time for event in events.Scalars("train/loss")]
-    rate = [event.value for event in events.Scalars("throughput/tokens_per_sec")]
+    speed = "throughput/tokens_per_sec"  # not there after very few steps
+    rate = [event.value for event in events.Scalars(speed)] if speed in tags else [0.0]
     training = {
         **machine(PACKAGES),
         "seconds": times[-1] - times[0],
