@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_modules.adapters.registry import as_config
+from lightning_modules.adapters.ttt_lora.base import base_fingerprint
 from lightning_modules.models.folders import new_folder
-from lightning_modules.models.frozen import fingerprint
 from lightning_modules.models.in_place import InPlaceOptions, inject_in_place
 from lightning_modules.models.peft_files import WRAPPER, load_peft, save_peft
 from lightning_modules.models.ttt_lora import TTT_LORA, parameter_group
@@ -58,7 +58,7 @@ def save_adapters(model: PreTrainedModel, folder: str | Path, with_base: bool = 
         for name, kind in PEFT_FOLDERS.items():
             if kind in kinds:
                 save_peft(model, part / kind, name)
-        contents = {"adapters": kinds, "base": _base_fingerprint(model)}
+        contents = {"adapters": kinds, "base": base_fingerprint(model)}
         (part / CONTENTS).write_text(json.dumps(contents, indent=2) + "\n")
         if with_base:
             model.save_pretrained(part, state_dict=dict(_of_base(model.state_dict().items())))
@@ -84,7 +84,7 @@ def load_adapters(model: nn.Module, folder: str | Path) -> list[str]:
     if present := _kinds(model):
         raise ValueError(f"the model has {', '.join(present)} already: load into a fresh base")
     contents = json.loads((source / CONTENTS).read_text())
-    if contents["base"] != _base_fingerprint(model):
+    if contents["base"] != base_fingerprint(model):
         raise ValueError(
             f"the adapters in {source} were trained in other weights than this "
             f"{type(model).__name__} has: load the model that they belong to"
@@ -94,8 +94,6 @@ def load_adapters(model: nn.Module, folder: str | Path) -> list[str]:
         _load_in_place(model, source / IN_PLACE)
     for name, kind in PEFT_FOLDERS.items():
         if kind in kinds:
-            import lightning_modules.adapters.ttt_lora  # noqa: F401  # peft must know the method
-
             load_peft(model, source / kind, name)
     return kinds
 
@@ -137,10 +135,6 @@ def _in_place_state(model: nn.Module) -> dict[str, Tensor]:
         for name, value in model.state_dict().items()
         if parameter_group(name) == IN_PLACE
     }
-
-
-def _base_fingerprint(model: nn.Module) -> str:
-    return fingerprint(sorted(_of_base(model.named_parameters()), key=lambda item: item[0]))
 
 
 def _of_base(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -180,7 +180,7 @@ def test_nothing_is_overwritten_and_nothing_left_half(tmp_path: Path, monkeypatc
     def broken(*arguments: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("lightning_modules.models.adapter_files._base_fingerprint", broken)
+    monkeypatch.setattr("lightning_modules.models.adapter_files.base_fingerprint", broken)
     with pytest.raises(OSError, match="no space left"):
         save_adapters(adapted("ttt_lora"), tmp_path / "new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
