@@ -15,12 +15,11 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import Tensor
 from training_runs import write_json
 
 from lightning_modules.language import IGNORED
-from lightning_modules.layers.in_place_mlp import InPlaceMLP
-from lightning_modules.streams import NO_STREAM, Slots
+from lightning_modules.streams import NO_STREAM
 
 FINE = (0, 64, 256)
 """Where the cells of a first chunk begin; every later chunk is one cell."""
@@ -77,9 +76,7 @@ class FileLosses(Callback):
         for chunk, published in zip(batch, pl_module.streams.published, strict=True):
             self._add_losses(chunk, **published["token_loss"]["model"])
             if self._observes(batch_idx):
-                slots = pl_module.streams.slots("validate")  # committed: as after the batch
-                moved = in_place_statistics(pl_module.model, slots)
-                self._add_memory(chunk, memory_statistics(published) | moved)
+                self._add_memory(chunk, memory_statistics(published))
             elif batch_idx > 0:  # the first one compiles and allocates
                 self._seconds += seconds
                 self._tokens += int((chunk["labels"] != IGNORED).sum())
@@ -134,24 +131,13 @@ def memory_statistics(published: Mapping[str, Any]) -> dict[str, Tensor]:
         "inner loss after": [fields["after"] for fields in losses],
         "state norm": [fields["state_norm"] for fields in weights],
         "relative change": [f["state_norm"] / f["weight_norm"].clamp_min(1e-8) for f in weights],
-        "eta": [fields["eta"].mean(dim=1) for fields in weights],
+        "eta": [fields["eta"].mean(dim=1) for fields in weights if "eta" in fields],
     }
     return {
         name: torch.cat([value.float().flatten(1) for value in values], dim=1).mean(dim=1)
         for name, values in parts.items()
         if values
     }
-
-
-def in_place_statistics(model: nn.Module, slots: Slots) -> dict[str, Tensor]:
-    """What moved in the MLPs of In-Place TTT, which publish nothing: mean over layers, `[B]`."""
-    norms, shares = [], []
-    for path, module in model.named_modules():
-        if isinstance(module, InPlaceMLP) and path in slots:
-            norms.append(slots[path]["dw"].float().flatten(1).norm(dim=1))
-            shares.append(norms[-1] / module.down_proj.weight.float().norm())
-    values = {"state norm": norms, "relative change": shares} if norms else {}
-    return {name: torch.stack(layers).mean(dim=0) for name, layers in values.items()}
 
 
 def summary(by_chunk: Mapping[int, list[float]]) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def test_config_of_a_pretrained_model_trains_its_adapters(
     events = fit_validate_resume(run_cli, options, run)
     written = set(events.Tags()["scalars"])
     assert any(tag.startswith("position_loss/from_") for tag in written)
-    learns = "theta" in groups
+    learns = bool({"theta", "in_place"} & groups)
     assert any(tag.startswith("fast_weight/state_norm/") for tag in written) == learns
     checkpoint = run / "checkpoints" / "last.ckpt"
     assert groups_in(checkpoint) == groups
