@@ -59,6 +59,7 @@ def test_small_config_fits_validates_goes_on_and_writes_what_its_monitors_promis
     assert groups_in(run / "checkpoints" / "last.ckpt") == {"base", "theta", "fast", "gate"}
 
 
+@pytest.mark.slow
 def test_moshi_learns_from_files_of_audio_codes(run_cli, tmp_path: Path) -> None:
     codes = write_codes(tmp_path, copies=4)
     run = run_folder(tmp_path, "ttt_lora_moshi_tiny")

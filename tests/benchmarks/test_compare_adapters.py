@@ -133,6 +133,7 @@ def data_of(folder: Path) -> dict:
     return yaml.safe_load((folder / "config.yaml").read_text())["data"]
 
 
+@pytest.mark.slow
 def test_in_place_is_matched_to_the_lora_as_a_search_by_hand_finds() -> None:
     """SmolLM2: a LoRA of rank 16 has 4,884,480 parameters, an MLP's targets 576^2 + 5 576."""
     trials = load("compare_trials.py")

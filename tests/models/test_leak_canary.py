@@ -15,6 +15,7 @@ def canary() -> ModuleType:
     return load("leak_canary.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "router"),
     [

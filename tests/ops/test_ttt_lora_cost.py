@@ -136,6 +136,7 @@ def test_state_keeps_nothing_else_alive(
         assert x.untyped_storage().nbytes() <= 5 * x.nbytes, name
 
 
+@pytest.mark.slow
 @every_form
 @pytest.mark.parametrize("features", [(), ("mask", "state")])
 def test_compiles_to_one_graph(features: tuple[str, ...], form: str) -> None:

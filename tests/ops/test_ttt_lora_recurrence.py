@@ -288,6 +288,7 @@ def test_blocks_never_wait_for_the_device(restarts: bool, monkeypatch: pytest.Mo
     assert spy.events == []
 
 
+@pytest.mark.slow
 def test_blocks_compile_to_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, True)
     restart = random_restart(5)
