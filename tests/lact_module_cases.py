@@ -27,6 +27,18 @@ CONFIG = {
     "residual_ttt": True,
 }
 
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+"""Entries of the configuration of a tiny model from scratch; the vocabulary is the data's."""
+
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-2)

@@ -101,3 +101,15 @@ def _leaves_the_device(name: str, args: Any, kwargs: Any) -> bool:
     else:
         source, target = args[1].device, args[0].device
     return source.type != "cpu" and torch.device(target).type == "cpu"
+
+
+class OperationCount(TorchDispatchMode):
+    """Counts operations that compute (views do not, nor what a product of 4-D tensors ends in)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += not func.is_view and func is not torch.ops.aten._unsafe_view.default
+        return func(*args, **(kwargs or {}))

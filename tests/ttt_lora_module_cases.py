@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lact_module_cases import Trace, adamw, make_data, make_trainer
+from lact_module_cases import LLAMA, Trace, adamw, make_data, make_trainer
 from torch import nn
 
 from lightning_modules.layers.in_place_mlp import InPlaceConfig
@@ -31,17 +31,6 @@ MINI_BATCH, IN_PLACE_CHUNK = 5, 7
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "down_proj"]
 """A group of siblings, and a layer by itself; tests of configs have all."""
-
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-}
 
 
 def make_module(method: str = "ttt_lora", seed: int = 0, **options: Any) -> TTTLoRAModule:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lact_module_cases import Trace, adamw, make_data, make_trainer, save_pretrained
+from lact_module_cases import LLAMA, Trace, adamw, make_data, make_trainer, save_pretrained
 from memory_cases import BLOCK, memory_options
 
 from lightning_modules.base import ParameterGroup
@@ -15,16 +15,6 @@ from lightning_modules.memory_bank import MemoryBankModule
 from lightning_modules.models.pretrained import PretrainedOptions
 from lightning_modules.models.projection_lora import ProjectionLoRA
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-}
 FEATURES = {"vocab_size": 259, "chunk_length": 16, "tbptt": 1, "mode": "packed"}
 
 

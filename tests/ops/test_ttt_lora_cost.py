@@ -1,13 +1,10 @@
 """What `ops.ttt_lora` costs: waits for the device, launches, memory, compiled graphs."""
 
-from typing import Any
-
 import pytest
 import torch
-from spy import SyncSpy
+from spy import OperationCount, SyncSpy
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
-from torch.utils._python_dispatch import TorchDispatchMode
 from ttt_cases import random_flags
 from ttt_lora_cases import FORMS, LoRACase, carried_state, case_of
 
@@ -18,23 +15,11 @@ def leaves_of(case: LoRACase) -> dict[str, Tensor]:
     return {name: x.detach().clone().requires_grad_() for name, x in case.tensors.items()}
 
 
-class _Count(TorchDispatchMode):
-    """Counts operations that compute (views do not, nor what a product of 4-D tensors ends in)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += not func.is_view and func is not torch.ops.aten._unsafe_view.default
-        return func(*args, **(kwargs or {}))
-
-
 def operations(case: LoRACase, backward: bool) -> int:
     leaves = leaves_of(case)
-    with _Count() as forward_pass:
+    with OperationCount() as forward_pass:
         o, _ = case.with_tensors(**leaves).run("torch")
-    with _Count() as backward_pass:
+    with OperationCount() as backward_pass:
         o.sum().backward()
     return backward_pass.calls if backward else forward_pass.calls
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from spy import SyncSpy
+from spy import OperationCount, SyncSpy
 from torch import Tensor
 from torch.nn.functional import normalize, pad
-from torch.utils._python_dispatch import TorchDispatchMode
 from ttt_cases import assert_same, differentiate, relative_error
 from ttt_lora_cases import carried_state, case_of, make_case, with_everything
 
@@ -233,18 +232,6 @@ def test_float32_over_4096_mini_batches_is_as_close_to_float64_as_the_mini_batch
 # --- costs ---
 
 
-class _Count(TorchDispatchMode):
-    """Counts operations that compute."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += not func.is_view and func is not torch.ops.aten._unsafe_view.default
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("restarts, each", [(False, 1), (True, 2)])
 def test_operations_grow_with_the_root_of_the_number_of_mini_batches(
     restarts: bool, each: int, monkeypatch: pytest.MonkeyPatch
@@ -254,10 +241,10 @@ def test_operations_grow_with_the_root_of_the_number_of_mini_batches(
     for count in counts:
         restart = random_restart(count) if restarts else None
         leaves = [x.requires_grad_() for x in scan_inputs(count)]
-        with _Count() as here:
+        with OperationCount() as here:
             found = scan(*leaves[:3], leaves[2] * 0, leaves[3], restart, None)
         forward.append(here.calls)
-        with _Count() as here:
+        with OperationCount() as here:
             (found[0].sum() + found[1].sum()).backward()
         backward.append(here.calls)
     # sqrt(N) blocks of as many: a product for each step and one for each block (masked: two)
