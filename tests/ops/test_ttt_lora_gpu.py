@@ -26,9 +26,7 @@ def on_gpu(case: LoRACase) -> LoRACase:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("length", [21, 83])  # the longer one is several blocks of mini-batches
 @pytest.mark.parametrize("flags", [(), ("mask",), ("mask", "document_ids")])
-def test_torch_on_a_gpu_is_naive_on_the_cpu(
-    flags: tuple[str, ...], length: int, form: str
-) -> None:
+def test_torch_on_a_gpu_is_naive_on_the_cpu(flags: tuple[str, ...], length: int, form: str) -> None:
     case = carried_state(random_flags(case_of(form, length, batch=3, group=2), 3, *flags), 4)
     expected, expected_gradients = differentiate(case, "naive")
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from lightning_modules.ops.chapter_attention.gathered import gathered_attention, pays
 from lightning_modules.ops.chapter_attention.reading import ReadTiles
 from lightning_modules.ops.chapter_attention.tiles import (
     Tiles,
@@ -39,10 +40,10 @@ def eager_chapter_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Chapter attention by matrix products; arguments and results of `ops.chapter_attention`.
 
-    Tokens of a block gather the rows that they read once, and together. Tokens that choose each on
-    their own are sorted by chapter, so that those in a chapter share its rows; only if they are few
-    (decoding) does each gather for itself. How a row of the batch is computed does not depend on
-    the other rows.
+    Tokens of a block gather the rows that they read once, and together; on a GPU, a fused kernel
+    then reads them where that is faster (`gathered.pays`). Tokens that choose each on their own are
+    sorted by chapter, so that those in a chapter share its rows; only if they are few (decoding)
+    does each gather for itself. How a row of the batch is computed does not depend on the others.
     """
     dtype, device = _product_dtype(q, mem_k, mem_v), q.device.type
     options = (q.shape[-1] ** -0.5 if scale is None else scale, dropout)
@@ -61,6 +62,14 @@ def eager_chapter_attention(
             sort = _is_sorted(q, mem_k, chapters, block_size)
             if shared and not mixture and not sort:  # one softmax, and one gather
                 chapters, weights, shared = _with_shared(chapters, weights, shared)
+            if not (sort or mixture or return_lse) and pays(tokens, min(block_size, q.shape[1])):
+                return gathered_attention(
+                    tokens.view_as(q),
+                    *(k, v, chapters, weights),
+                    block_size=block_size,
+                    scale=options[0],
+                    dropout=dropout,
+                ).to(q.dtype)
             tiles = _tiles(q, mem_k, chapters, block_size, sort, separate=mixture)
             weights = _by_token(weights, q.shape[1], block_size)
             o, lse = read(tiles, weights.reshape(*tiles.slots.shape, -1), mixture)
