@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from cuda_waits import EVERY, Forbid
 from toy_streams import ToyModule, fit, read_tensorboard, scalar, toy_batches
 
 from callbacks import EMA, FastWeightMonitor, GateMonitor, Throughput
@@ -16,18 +17,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-EVERY = 4
-
-
-class Forbid(pl.Callback):
-    """Waiting is an error between the flushes; the first step may still load kernels."""
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        step = trainer.global_step + 1
-        torch.cuda.set_sync_debug_mode("error" if step > 1 and step % EVERY else "default")
-
-    def on_train_end(self, *args: Any) -> None:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 class Reader(pl.Callback):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from adapter_cases import member
+from cuda_waits import EVERY, Forbid
 from expert_cases import FEATURES, make_chunk, make_module
 from spy import SyncSpy
 from toy_streams import ROWS, TOKENS, ToyModule, fit, read_tensorboard, scalar, toy_batches
@@ -243,8 +244,6 @@ def test_steps_between_flushes_never_wait_and_a_flush_is_one_transfer(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_no_step_between_flushes_waits_for_the_gpu(tmp_path: Path) -> None:
-    from test_no_host_sync_gpu import EVERY, Forbid
-
     fit(
         RoutedToy(), toy_batches(10, idle_row=2), tmp_path, [Forbid(), RouterMonitor(EVERY, 1)],
         accelerator="gpu", devices=1,

@@ -65,7 +65,7 @@ def gathered_attention(
     )
     # a softmax does not see the shift, and small numbers lose less in 16 bits
     shifted = (log_weights - log_weights.detach().amax(-1, keepdim=True)).to(q.dtype)
-    bias = shifted.repeat_interleave(rows, dim=-1).view(batch * blocks, 1, 1, -1)
+    bias = shifted.unsqueeze(-1).expand(-1, -1, -1, rows).reshape(batch * blocks, 1, 1, -1)
     o = scaled_dot_product_attention(
         queries, keys, values, attn_mask=bias, dropout_p=dropout, scale=scale
     )
