@@ -56,10 +56,10 @@ ARMS = {
     "base, all weights trained": ("none", {}),
     "base, frozen": ("frozen", {}),
     "peft LoRA, rank 16": ("lora", {}),
+    "In-Place TTT, every 4th layer": ("in_place", {}),
     "TTT-LoRA, m = 16": ("ttt_lora", {}),
     "TTT-LoRA, m = 16, a linear layer at a time": ("ttt_lora", {"group_siblings": False}),
     "TTT-LoRA, m = 64": ("ttt_lora", {"learner": TTTLoRAOptions(mini_batch_size=64)}),
-    "In-Place TTT, every 4th layer": ("in_place", {}),
 }
 
 
@@ -67,7 +67,8 @@ def make_model(method: str, placement: dict[str, Any], sizes: dict[str, Any], de
     """A model with its adapters, in bfloat16 with adapters in float32 (float32 on a CPU)."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = Qwen3ForCausalLM(Qwen3Config(**sizes)).to(device, dtype).train()
+    with torch.device(device):
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes)).to(dtype).train()
     if method == "none":
         return model
     model.requires_grad_(False)
