@@ -39,7 +39,7 @@ class GatedMLP(nn.Module):
 def in_place_mlp(variant: str = "causal", seed: int = 0, **options: Any) -> InPlaceMLP:
     """A float64 layer whose every parameter is random, so that it learns."""
     torch.manual_seed(seed)
-    given = {"chunk_size": CHUNK, "eta": 0.5, **VARIANTS[variant], **options}
+    given = {"chunk_size": CHUNK, "eta": 0.5, "clip": None, **VARIANTS[variant], **options}
     layer = InPlaceMLP(GatedMLP().double(), InPlaceConfig(**given))
     layer.slot = "mlp"
     for parameter in layer.ttt.parameters():
@@ -73,6 +73,7 @@ def oracle_layer(data: dict[str, Tensor], about: dict[str, Any]) -> InPlaceMLP:
     """The layer of an oracle file; its projection is used without a transpose, as the release."""
     mlp = GatedMLP(*data["gate_proj.weight"].shape[::-1]).double()
     config = InPlaceConfig(
+        clip=None,
         chunk_size=about["chunk"],
         eta=about["eta"],
         kernel_size=about["kernel"],

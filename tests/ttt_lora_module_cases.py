@@ -37,7 +37,7 @@ def make_module(method: str = "ttt_lora", seed: int = 0, **options: Any) -> TTTL
     """A module over a tiny model from scratch, or over `pretrained` (a folder or options)."""
     torch.manual_seed(seed)
     learner = TTTLoRAOptions(mini_batch_size=options.pop("mini_batch_size", MINI_BATCH))
-    layer = InPlaceConfig(chunk_size=options.pop("chunk_size", IN_PLACE_CHUNK))
+    layer = InPlaceConfig(chunk_size=options.pop("chunk_size", IN_PLACE_CHUNK), clip=None)
     base = options.pop("pretrained", None)
     base = PretrainedOptions(base) if isinstance(base, str) else base
     options = options if base else {"config": LLAMA, **options}

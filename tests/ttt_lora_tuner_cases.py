@@ -91,7 +91,7 @@ def add_ttt_lora(model: nn.Module, form: str = "A_plain", **options: Any) -> Non
 
 
 def add_in_place(model: PreTrainedModel, every_n: int = 1, **options: Any) -> None:
-    layer = InPlaceConfig(**{"chunk_size": MINI_BATCH, "eta": 0.2, **options})
+    layer = InPlaceConfig(**{"chunk_size": MINI_BATCH, "eta": 0.2, "clip": None, **options})
     inject_in_place(model, InPlaceOptions(every_n=every_n, layer=layer))
 
 

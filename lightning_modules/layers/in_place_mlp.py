@@ -40,7 +40,9 @@ class InPlaceConfig:
         symmetric: let the convolution see later tokens of the chunk, as the release has it.
             Outputs stay causal, as a chunk is written after it has been read.
         projection: project the convolved targets, with as many weights as hidden sizes squared.
-        clip: largest Frobenius norm of what a chunk adds to the weight; None: no bound.
+        clip: largest Frobenius norm of what a chunk adds to the weight, by that of the weight;
+            None: no bound, and as nothing decays, an `eta` or a learning rate that is a little too
+            large makes the weight useless in a few steps.
     """
 
     chunk_size: int = 512
@@ -48,7 +50,7 @@ class InPlaceConfig:
     kernel_size: int = 5
     symmetric: bool = False
     projection: bool = True
-    clip: float | None = None
+    clip: float | None = 1e-3
 
     def __post_init__(self) -> None:
         if self.chunk_size < 1:
@@ -251,7 +253,7 @@ class InPlaceMLP(nn.Module, InDeepContext):
             self.down_proj.weight,
             self._eta(plan, z, reading.z.shape[1] - z.shape[1]),
             chunk_size=size,
-            clip=self.config.clip,
+            clip=self._clip(),
             mask=reading.mask,
             document_ids=reading.document_ids,
             state=reading.state,
@@ -260,6 +262,14 @@ class InPlaceMLP(nn.Module, InDeepContext):
         waiting = hold(z, plan, conv.future, state)
         after = InPlaceMLPState(memory.dw, memory.pending_dw, kept, waiting, *memory[2:])
         return o[:, -z.shape[1] :], after
+
+    def _clip(self) -> Tensor | None:
+        """The largest norm of a chunk's addition, in float32 at least."""
+        if self.config.clip is None:
+            return None
+        weight = self.down_proj.weight.detach()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return self.config.clip * torch.linalg.vector_norm(weight, dtype=dtype)
 
     def _eta(self, plan: StreamPlan, z: Tensor, held: int) -> float | Tensor:
         """The step size, 0 for tokens whose values are not known yet."""

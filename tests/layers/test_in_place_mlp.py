@@ -104,6 +104,20 @@ def test_convolution_gets_a_gradient_from_zero() -> None:
     assert layer.ttt.ttt_conv.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_a_chunk_adds_at_most_a_share_of_the_weight(size: float) -> None:
+    """Without being asked: eta = 1 and targets of any size must not destroy the weight."""
+    layer = in_place_mlp(clip=InPlaceConfig().clip, eta=1e3)
+    with torch.no_grad():
+        layer.down_proj.weight.mul_(size)
+    weight = layer.down_proj.weight.detach()
+    _, after = read(layer, tokens(length=2 * CHUNK))
+    once = 1e-3 * weight.norm()
+    one = read(layer, tokens(length=CHUNK))[1].dw
+    torch.testing.assert_close(one.flatten(1).norm(dim=1), once.expand(2), rtol=1e-9, atol=0)
+    assert (after.dw.flatten(1).norm(dim=1) <= 2 * once * (1 + 1e-9)).all()
+
+
 # Time
 
 

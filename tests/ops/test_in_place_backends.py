@@ -58,6 +58,18 @@ def test_clips_of_the_forms_take_effect_in_some_chunks_only(form: str) -> None:
     assert 0.2 < (norms > FORMS[form]["clip"]).double().mean() < 0.8
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", [form for form in FORMS if FORMS[form].get("clip")])
+def test_clip_can_be_a_tensor(form: str, backend: str) -> None:
+    case = make_case(time=8, chunk_size=3, **FORMS[form])
+    (o, state), (expected, after) = (
+        case.run(backend, clip=clip)
+        for clip in (torch.tensor(FORMS[form]["clip"], dtype=torch.float64), FORMS[form]["clip"])
+    )
+    torch.testing.assert_close(o, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(state.dw, after.dw, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_torch_is_naive_for_random_options(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a call is read in several pieces."""

@@ -22,7 +22,7 @@ def in_place(
     eta: float | Tensor,
     *,
     chunk_size: int,
-    clip: float | None = None,
+    clip: float | Tensor | None = None,
     mask: Tensor | None = None,
     document_ids: Tensor | None = None,
     state: InPlaceState | None = None,
@@ -47,8 +47,9 @@ def in_place(
         eta: step size, a number or a tensor without axes, or one for each token, `[B, T]`: 0 does
             not write, but takes its place in a chunk.
         chunk_size: C, tokens of a chunk; the same in all calls of a stream.
-        clip: largest Frobenius norm of what a chunk adds: a larger one is scaled down to it, and
-            gradients go through the factor. None: no bound.
+        clip: largest Frobenius norm of what a chunk adds, a number or a tensor without axes (whose
+            sign is not checked: it would wait for the device): a larger one is scaled down to it,
+            and gradients go through the factor. None: no bound.
         mask: tokens that exist, bool `[B, T]`. The others write nothing and take no place in a
             chunk; their outputs are what the state would read there. None: all.
         document_ids: integers `[B, T]`: a token with another id than the one before (or than the

@@ -19,7 +19,7 @@ def check_in_place(
     eta: float | Tensor,
     *,
     chunk_size: int,
-    clip: float | None,
+    clip: float | Tensor | None,
     mask: Tensor | None,
     document_ids: Tensor | None,
     state: InPlaceState | None,
@@ -50,7 +50,7 @@ def check_in_place(
         )
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, but is {chunk_size}")
-    if clip is not None and clip <= 0:
+    if clip is not None and not torch.is_tensor(clip) and clip <= 0:
         raise ValueError(
             f"clip must be positive, but is {clip}: None does not clip, and eta=0 never writes"
         )

@@ -9,7 +9,7 @@ from lightning_modules.ops.states import InPlaceState
 
 
 def read_chunks(
-    z: Tensor, w: Tensor, size: int, clip: float | None, state: InPlaceState | None
+    z: Tensor, w: Tensor, size: int, clip: float | Tensor | None, state: InPlaceState | None
 ) -> tuple[Tensor, InPlaceState]:
     """What S adds to the outputs of tokens that all exist and belong to one document.
 
@@ -50,7 +50,7 @@ def read_chunks(
     return change, InPlaceState(dw, pending, (count + time) % size, seen, document)
 
 
-def _clipped(adds: Tensor, clip: float | None) -> Tensor:
+def _clipped(adds: Tensor, clip: float | Tensor | None) -> Tensor:
     """Matrices scaled down to the largest norm, `[..., D, F]`; exact gradients, also at zero."""
     if clip is None:
         return adds

@@ -12,7 +12,7 @@ def read_history(
     z: Tensor,
     w: Tensor,
     size: int,
-    clip: float | None,
+    clip: float | Tensor | None,
     mask: Tensor | None,
     document_ids: Tensor | None,
     state: InPlaceState | None,
@@ -100,7 +100,7 @@ def _add_carried(
 def _clipped(
     keys: Tensor,
     w: Tensor,
-    clip: float,
+    clip: float | Tensor,
     mates: Tensor,
     opened: Tensor | None,
     places: Places,
@@ -125,6 +125,6 @@ def _clipped(
     return w * _factor(square, clip), _factor(carried + own, clip)
 
 
-def _factor(square: Tensor, clip: float) -> Tensor:
+def _factor(square: Tensor, clip: float | Tensor) -> Tensor:
     """What brings a matrix with this squared norm down to the largest norm."""
     return clip / square.clamp(min=clip**2).sqrt()

@@ -21,7 +21,7 @@ class Memory:
         clip: largest norm of what a chunk adds, or None.
     """
 
-    def __init__(self, like: Tensor, chunk_size: int, clip: float | None) -> None:
+    def __init__(self, like: Tensor, chunk_size: int, clip: float | Tensor | None) -> None:
         self.like, self.chunk_size, self.clip = like, chunk_size, clip
         self.document = 0
         self.restart()
@@ -66,7 +66,7 @@ def naive_in_place(
     eta: float | Tensor,
     *,
     chunk_size: int,
-    clip: float | None,
+    clip: float | Tensor | None,
     mask: Tensor | None,
     document_ids: Tensor | None,
     state: InPlaceState | None,
