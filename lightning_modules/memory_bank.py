@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -11,13 +10,13 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lightning_modules.base import Chunk, ParameterGroup, Schedule
 from lightning_modules.language import IGNORED, LabelMean, LanguageModule
 from lightning_modules.models.memory import BANKS, inject_memory
 from lightning_modules.models.memory_options import MemoryOptions
-from lightning_modules.models.pretrained import LeftOut, PretrainedOptions
+from lightning_modules.models.pretrained import LeftOut, PretrainedOptions, build_base, check_base
 from lightning_modules.models.projection_lora import ProjectionLoRA, inject_lora
 from lightning_modules.streams import FastState
 
@@ -71,12 +70,7 @@ class MemoryBankModule(LanguageModule):
         groups: dict[str, ParameterGroup] | None = None,
     ) -> None:
         super().__init__(optimizer, fast_state, compile_model, schedule, groups)
-        if (config is None) == (pretrained is None):
-            raise ValueError(
-                "give either config (a model from scratch) or pretrained (a model to adapt)"
-            )
-        if config is not None and "model_type" not in config:
-            raise ValueError("config needs model_type, e.g. llama or qwen3")
+        check_base(config, pretrained)
         if arm in ("lora", "both") and (pretrained is None or pretrained.train == "all"):
             raise ValueError(
                 f"arm={arm} puts LoRA on a frozen model: give pretrained with train: adapters"
@@ -145,11 +139,8 @@ class MemoryBankModule(LanguageModule):
 
     def build_model(self, features: Mapping[str, Any]) -> PreTrainedModel:
         """The base, with what the arm adds."""
-        if self.pretrained is None:
-            sizes = deepcopy(self.config) | {"vocab_size": features["vocab_size"]}
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes))
-        else:
-            model = self.pretrained.load_for(features["vocab_size"])
+        model = build_base(self.config, self.pretrained, features["vocab_size"])
+        if self.pretrained is not None:
             self.left_out = LeftOut(model)
         if self.arm in ("lora", "both"):
             inject_lora(model, self.lora)

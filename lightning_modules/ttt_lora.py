@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +10,13 @@ from typing import Any, Literal
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lightning_modules.base import ParameterGroup, Schedule
 from lightning_modules.language import LanguageModule
 from lightning_modules.models.adapter_files import save_adapters
 from lightning_modules.models.in_place import InPlaceOptions
-from lightning_modules.models.pretrained import LeftOut, PretrainedOptions
+from lightning_modules.models.pretrained import LeftOut, PretrainedOptions, build_base, check_base
 from lightning_modules.models.projection_lora import ProjectionLoRA
 from lightning_modules.models.ttt_lora import (
     GROUPS,
@@ -84,12 +83,7 @@ class TTTLoRAModule(LanguageModule):
         groups: dict[str, ParameterGroup] | None = None,
     ) -> None:
         super().__init__(optimizer, fast_state, compile_model, schedule, groups)
-        if (config is None) == (pretrained is None):
-            raise ValueError(
-                "give either pretrained (a model to adapt) or config (a model from scratch)"
-            )
-        if config is not None and "model_type" not in config:
-            raise ValueError("config needs model_type, e.g. llama or qwen3")
+        check_base(config, pretrained)
         if method not in METHODS:
             raise ValueError(f"unknown method {method!r}; choose {', '.join(METHODS)}")
         self.method = method
@@ -140,13 +134,9 @@ class TTTLoRAModule(LanguageModule):
 
     def build_model(self, features: Mapping[str, Any]) -> PreTrainedModel:
         """The base, with what the method adds."""
-        if self.pretrained is None:
-            sizes = deepcopy(self.config) | {"vocab_size": features["vocab_size"]}
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes))
-            frozen = []
-        else:
-            model = self.pretrained.load_for(features["vocab_size"])
-            frozen = [p for p in model.parameters() if not p.requires_grad]
+        model = build_base(self.config, self.pretrained, features["vocab_size"])
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        if self.pretrained is not None:
             self.left_out = LeftOut(model)
         inject_method(model, self.method, self.ttt_lora, self.in_place, self.lora)
         model.requires_grad_(True)  # peft freezes the base, also where all of it is trained

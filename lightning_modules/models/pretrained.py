@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lightning_modules.models.frozen import fingerprint
 
@@ -75,6 +76,37 @@ class PretrainedOptions:
                 "(data.init_args.tokenizer)"
             )
         return model
+
+
+def check_base(config: Mapping[str, Any] | None, pretrained: PretrainedOptions | None) -> None:
+    """Exactly one of both says what the base is.
+
+    Raises:
+        ValueError: neither or both do, or a model from scratch is of no known kind.
+    """
+    if (config is None) == (pretrained is None):
+        raise ValueError(
+            "give either config (a model from scratch) or pretrained (a model to adapt)"
+        )
+    if config is not None and "model_type" not in config:
+        raise ValueError("config needs model_type, e.g. llama or qwen3")
+
+
+def build_base(
+    config: Mapping[str, Any] | None, pretrained: PretrainedOptions | None, vocab_size: int
+) -> PreTrainedModel:
+    """A model from scratch, or a pretrained one, for data with so many token ids.
+
+    Args:
+        config: entries of a transformers configuration, `model_type` among them.
+        pretrained: what to load instead.
+        vocab_size: of the data.
+    """
+    if pretrained is not None:
+        return pretrained.load_for(vocab_size)
+    assert config is not None  # `check_base`
+    sizes = {**deepcopy(dict(config)), "vocab_size": vocab_size}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes))
 
 
 class LeftOut:
