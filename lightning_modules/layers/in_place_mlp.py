@@ -50,7 +50,7 @@ class InPlaceConfig:
     kernel_size: int = 5
     symmetric: bool = False
     projection: bool = True
-    clip: float | None = 1e-3
+    clip: float | None = 1e-4
 
     def __post_init__(self) -> None:
         if self.chunk_size < 1:

@@ -112,7 +112,7 @@ def test_a_chunk_adds_at_most_a_share_of_the_weight(size: float) -> None:
         layer.down_proj.weight.mul_(size)
     weight = layer.down_proj.weight.detach()
     _, after = read(layer, tokens(length=2 * CHUNK))
-    once = 1e-3 * weight.norm()
+    once = InPlaceConfig().clip * weight.norm()
     one = read(layer, tokens(length=CHUNK))[1].dw
     torch.testing.assert_close(one.flatten(1).norm(dim=1), once.expand(2), rtol=1e-9, atol=0)
     assert (after.dw.flatten(1).norm(dim=1) <= 2 * once * (1 + 1e-9)).all()
