@@ -25,6 +25,7 @@ def read(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlay", [None, *OVERLAYS], ids=lambda p: p.stem if p else "alone")
 def test_the_tiny_pi0_fits_saves_and_logs(overlay: Path | None, run_cli, tmp_path: Path) -> None:
     config = read(TINY)

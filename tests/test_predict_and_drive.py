@@ -64,6 +64,7 @@ def test_a_checkpoint_acts_as_the_evaluation_after_training_and_predicts_what_it
     _assert_same(pq.read_table(file).to_pylist(), _by_hand(module, data))
 
 
+@pytest.mark.slow
 def test_predictions_of_a_carried_state_equal_a_loop_that_carries_it(
     run_cli, tmp_path: Path
 ) -> None:
@@ -91,6 +92,7 @@ def test_predictions_of_a_carried_state_equal_a_loop_that_carries_it(
         _assert_same(rows, _by_hand(module, data, carry=False))
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_test_says_that_the_model_is_untrained(
     run_cli, tmp_path: Path
 ) -> None:
@@ -103,6 +105,7 @@ def test_without_a_checkpoint_test_says_that_the_model_is_untrained(
         assert run_cli("test", *options("quickstart"), "--ckpt_path", str(path)).code == 0
 
 
+@pytest.mark.slow
 def test_data_of_another_size_is_an_error_that_names_both(run_cli, tmp_path: Path) -> None:
     assert run_cli("fit", *options("quickstart"), "--trainer.max_steps", "1").code == 0
     path = next(tmp_path.glob("runs/quickstart/version_0/checkpoints/*.ckpt"))

@@ -8,7 +8,12 @@ from capabilities import CAPABILITIES, MODELS, losses_and_gradients, models_of
 EAGER = [name for name in CAPABILITIES if name != "compile"]
 
 
-ROWS = [(model, name) for name, case in ADAPTERS.items() for model in models_of(case)]
+ROWS = [
+    pytest.param(model, name, marks=[] if model == "gemma3" or name == "ttt" else pytest.mark.slow)
+    for name, case in ADAPTERS.items()
+    for model in models_of(case)
+]
+"""Every architecture once, every adapter once; the others are left to `make test-all`."""
 
 
 @pytest.mark.parametrize(("architecture", "adapter"), ROWS)
@@ -17,15 +22,13 @@ def test_capability_as_its_check_says(capability: str, architecture: str, adapte
     CAPABILITIES[capability](architecture, ADAPTERS[adapter])
 
 
-def _compile_rows() -> list[object]:
-    """Every architecture once, every adapter once: compiling takes seconds (the table has all)."""
-    fast = ("gemma3", "ttt")
-    rows = [(architecture, "ttt") for architecture in MODELS]
-    rows += [("gemma3", adapter) for adapter in ADAPTERS if adapter != "ttt"]
-    return [pytest.param(*row, marks=[] if row == fast else pytest.mark.slow) for row in rows]
+COMPILED = [(architecture, "ttt") for architecture in MODELS]
+COMPILED += [("gemma3", adapter) for adapter in ADAPTERS if adapter != "ttt"]
+"""Every architecture once, every adapter once: compiling takes seconds (the table has all)."""
 
 
-@pytest.mark.parametrize(("architecture", "adapter"), _compile_rows())
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "adapter"), COMPILED)
 def test_compiled_in_place_equals_eager(architecture: str, adapter: str) -> None:
     CAPABILITIES["compile"](architecture, ADAPTERS[adapter])
 

@@ -223,6 +223,7 @@ def test_bfloat16_autocast_is_close_and_keeps_float32_state(kind: str) -> None:
     assert all(state.dtype == torch.float32 for state in states)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_without_graph_breaks_with_state_losses_and_statistics(kind: str) -> None:
     adapter, chunks = make_adapter(kind).train(), [inputs(seed=seed) for seed in (1, 2)]

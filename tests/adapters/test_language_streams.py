@@ -166,6 +166,7 @@ def test_steps_that_commit_equal_handles_that_advance_and_a_first_chunk_equals_f
 # Reading without adapting
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", SPLITS)
 @pytest.mark.parametrize("adapter", CAUSAL)
 def test_reading_without_adapting_split_anywhere_equals_one_pass(

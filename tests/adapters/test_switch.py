@@ -86,6 +86,7 @@ def test_attention_does_not_run_only_while_a_replacement_is_active() -> None:
         assert len(calls) == runs, name
 
 
+@pytest.mark.slow
 def test_switching_a_compiled_model_computes_what_the_eager_one_does() -> None:
     model = _model()
     compiled = torch.compile(model.forward, backend="eager", fullgraph=True)

@@ -270,6 +270,7 @@ def test_segments_with_a_zero_row_shield_the_observation_tokens() -> None:
 # State and statistics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["after_attn", "replace_attn"])
 def test_compiles_without_graph_breaks_with_its_state(mode: str) -> None:
     layer = _adapted(ttt_mode=mode, ttt_gate="adarms")

@@ -27,6 +27,7 @@ def test_a_failing_check_is_named_in_the_table_and_in_the_status(
     assert "as it should" in err
 
 
+@pytest.mark.slow
 def test_the_program_prints_a_row_per_architecture_and_adapter() -> None:
     options = ["--architectures", "qwen3", "--adapters", "noop", "ttt", "--full"]
     command = [sys.executable, str(PROGRAM), *options, "--capabilities", "train", "generate"]

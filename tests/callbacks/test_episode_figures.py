@@ -98,6 +98,7 @@ def test_an_animation_has_a_frame_per_step_at_the_asked_speed() -> None:
     assert not any(same(moving[:-1], moving[1:]))
 
 
+@pytest.mark.slow
 def test_an_animation_is_the_same_every_time_and_fits_a_readme() -> None:
     results = {"carried": walk(9, 80), "forgotten": walk(9, 80, successes=False)}
     options: dict[str, Any] = {"episodes": range(9), "frames_per_second": 20}

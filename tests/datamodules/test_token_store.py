@@ -143,6 +143,7 @@ def _prepare(folder: Path, cache: Path, start: threading.Event) -> None:
     build(folder, cache)
 
 
+@pytest.mark.slow
 def test_processes_that_prepare_at_once_write_one_folder(folder: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     start = context.Event()
@@ -200,6 +201,7 @@ def _die_while_writing(folder: Path, cache: Path) -> None:
     build(folder, cache)
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_nothing_that_looks_complete(folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     worker = multiprocessing.get_context("spawn").Process(

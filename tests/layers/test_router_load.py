@@ -175,6 +175,7 @@ def train_in_process(rank: int, folder: Path) -> None:
     torch.save(saved, folder / f"{rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_loss_and_gradient_of_one_with_all_rows(tmp_path: Path) -> None:
     in_two_processes(train_in_process, tmp_path)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]

@@ -284,6 +284,7 @@ def test_a_wrong_plan_names_line_cause_and_fix(
         MAKE[backbone](**options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("value", "message"),
     [

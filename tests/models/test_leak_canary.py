@@ -35,6 +35,7 @@ def test_causal_routing_never_beats_chance(
     assert loss < canary.CHANCE + 0.02  # trained, not broken
 
 
+@pytest.mark.slow
 def test_routing_by_the_whole_sequence_beats_chance_and_prefixes_show_that_it_cheats(
     canary: ModuleType,
 ) -> None:

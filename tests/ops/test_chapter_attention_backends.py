@@ -113,6 +113,7 @@ def test_gradients_with_dropout_are_numerical(path: str, mixing: str) -> None:
     assert relative_error({"o": run(*leaves)}, {"o": case.run("torch", dropout=0.0)}) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("path", ["sorted", "blocks", "decoding"])
 def test_dropout_keeps_the_mean(path: str, backend: str) -> None:

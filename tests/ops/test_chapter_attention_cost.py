@@ -119,6 +119,7 @@ def test_shapes_do_not_depend_on_the_data(path: str) -> None:
     assert all(x.grad is not None and x.grad.shape == x.shape for x in meta.tensors.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixing", ["joint", "mixture"])
 @pytest.mark.parametrize("path", ["sorted", "blocks", "decoding"])
 def test_compiles_to_one_graph(path: str, mixing: str) -> None:

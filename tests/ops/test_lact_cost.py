@@ -116,6 +116,7 @@ class Layer(nn.Module):
         return self.output(o.flatten(2)), state
 
 
+@pytest.mark.slow
 def test_compiled_layer_is_compiled_at_most_once_more_for_all_lengths() -> None:
     torch._dynamo.reset()
     counter, layer = CompileCounter(), Layer()

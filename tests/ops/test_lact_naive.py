@@ -98,6 +98,7 @@ def tiny_case(**options) -> Case:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CHECKED)
 def test_gradients_are_numerical_derivatives(name: str, backend: str) -> None:
@@ -112,6 +113,7 @@ def test_gradients_by_a_carried_state_are_numerical_derivatives(backend: str) ->
     assert gradcheck(function, leaves, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_of_low_rank_factors_are_numerical_derivatives(backend: str) -> None:
     """`w0 = A B + 0.5 I`, and w2 likewise."""
