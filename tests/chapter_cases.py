@@ -71,6 +71,12 @@ class Case:
         assert self.chapters is not None
         return replace(self.with_tensors(**cut), chapters=self.chapters[index])
 
+    def on(self, device: str) -> Case:
+        """The call with everything on another device."""
+        assert self.chapters is not None
+        moved = self.with_tensors(**{name: x.to(device) for name, x in self.tensors.items()})
+        return replace(moved, chapters=self.chapters.to(device))
+
     def to(self, dtype: torch.dtype) -> Case:
         """The call in another dtype."""
         return self.with_tensors(**{name: x.to(dtype) for name, x in self.tensors.items()})

@@ -228,7 +228,7 @@ class InPlaceMLP(nn.Module, InDeepContext):
             "fast_weight",
             self.own_slot(),
             state_norm=dw.flatten(1).norm(dim=1, keepdim=True),
-            weight_norm=self.down_proj.weight.norm().to(dw.dtype).view(1),
+            weight_norm=self._weight_norm().to(dw.dtype).view(1),
         )
 
     def _remember(
@@ -264,12 +264,14 @@ class InPlaceMLP(nn.Module, InDeepContext):
         return o[:, -z.shape[1] :], after
 
     def _clip(self) -> Tensor | None:
-        """The largest norm of a chunk's addition, in float32 at least."""
-        if self.config.clip is None:
-            return None
+        """The largest norm of a chunk's addition."""
+        return None if self.config.clip is None else self.config.clip * self._weight_norm()
+
+    def _weight_norm(self) -> Tensor:
+        """Frobenius norm of the learned weight, in float32 at least, without a gradient."""
         weight = self.down_proj.weight.detach()
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        return self.config.clip * torch.linalg.vector_norm(weight, dtype=dtype)
+        return torch.linalg.vector_norm(weight, dtype=dtype)
 
     def _eta(self, plan: StreamPlan, z: Tensor, held: int) -> float | Tensor:
         """The step size, 0 for tokens whose values are not known yet."""

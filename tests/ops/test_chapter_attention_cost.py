@@ -107,12 +107,9 @@ def test_the_spy_sees_the_naive_loop_wait() -> None:
 def test_shapes_do_not_depend_on_the_data(path: str) -> None:
     """Tensors without data are enough."""
     case = make_case(top_k=3, shared=2, **PATHS[path])
-    assert case.chapters is not None
-    meta = Case(
-        {name: x.to("meta").requires_grad_() for name, x in case.tensors.items()},
-        case.chapters.to("meta"),
-        case.options,
-    )
+    meta = case.on("meta")
+    for x in meta.tensors.values():
+        x.requires_grad_()
     o, lse = meta.run("torch", return_lse=True)
     (o.sum() + lse.sum()).backward()
     assert o.shape == case.tensors["q"].shape
@@ -147,10 +144,8 @@ def test_gpu_is_cpu(path: str) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device: compares it with the CPU")
     case = make_case(top_k=3, shared=2, **PATHS[path])
-    assert case.chapters is not None
-    moved = Case(
-        {name: x.cuda() for name, x in case.tensors.items()}, case.chapters.cuda(), case.options
+    on_gpu, on_cpu = (
+        differentiate(c, lambda c: c.outputs("torch")) for c in (case.on("cuda"), case)
     )
-    on_gpu, on_cpu = (differentiate(c, lambda c: c.outputs("torch")) for c in (moved, case))
     on_gpu = {name: x.cpu() for name, x in on_gpu.items()}
     assert relative_error(on_gpu, on_cpu) < 1e-11  # float64, sums in another order

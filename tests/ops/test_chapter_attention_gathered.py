@@ -70,12 +70,6 @@ def test_a_cpu_reads_tiles() -> None:
     assert not pays(torch.zeros(3, 2, 8), 128)
 
 
-def on_gpu(case: Case) -> Case:
-    assert case.chapters is not None
-    tensors = {name: x.cuda() for name, x in case.tensors.items()}
-    return Case(tensors, case.chapters.cuda(), case.options)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestOnAGPU:
@@ -87,9 +81,9 @@ class TestOnAGPU:
         sizes = {"time": 150, "block_size": 64, "rows": 23, "heads": 6, "kv_heads": 2}
         case = make_case(top_k=3, shared=1, size=size, seed=size, **sizes)
         rounded = case.to(dtype)
-        assert pays(on_gpu(rounded).tensors["q"].flatten(0, 1), 64)
+        assert pays(rounded.on("cuda").tensors["q"].flatten(0, 1), 64)
         expected = differentiate(rounded.to(torch.float64), lambda c: outputs(c, "naive"))
-        actual = differentiate(on_gpu(rounded), lambda c: outputs(c, "torch"))
+        actual = differentiate(rounded.on("cuda"), lambda c: outputs(c, "torch"))
         actual = {name: x.cpu() for name, x in actual.items()}
         assert relative_error(actual, expected) < (2e-5 if dtype == torch.float32 else 3e-2)
 
@@ -103,7 +97,8 @@ class TestOnAGPU:
             torch.use_deterministic_algorithms(False)
 
     def test_nothing_waits_for_the_gpu(self) -> None:
-        case = on_gpu(make_case(time=150, block_size=64, top_k=3, shared=1, dtype=torch.float32))
+        sizes = {"time": 150, "block_size": 64, "top_k": 3, "shared": 1}
+        case = make_case(**sizes, dtype=torch.float32).on("cuda")
         leaves = {name: x.requires_grad_() for name, x in case.tensors.items()}
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
