@@ -19,6 +19,12 @@ class FileBoundaryReset(Callback):
     stream stops the run with a `StreamGapError`.
     """
 
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        pl_module.streams.driver = self
+
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        pl_module.streams.driver = None
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:

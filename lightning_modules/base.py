@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from lightning_modules.streams import NO_STREAM, FastState, StreamPlan, StreamState
+from lightning_modules.tuning import TunableStreams
 
 Chunk = dict[str, Any]
 
@@ -69,7 +69,7 @@ class Schedule:
         return self.final_scale + (1 - self.final_scale) * cosine
 
 
-class AdapterModule(pl.LightningModule):
+class AdapterModule(TunableStreams):
     """Base of the variants: a subclass gives `chunk_loss` and names its parameter groups.
 
     Args:

@@ -77,12 +77,14 @@ class StreamState:
             whose file has ended: by `begin`, when another file begins in the row, and by
             `finish`. A step that is begun again without a commit tells again. The slots are on
             the device and not copied; while streams do not persist there are none to tell of.
+        driver: what opens and commits the steps (a callback), for the time of a run.
     """
 
     def __init__(self, persistent: bool = True) -> None:
         self.persistent = persistent
         self.listening: set[str] = set()
         self.finished: list[Finished] = []
+        self.driver: Any = None
         self.published: list[Published] = []
         self.plans: list[StreamPlan] = []
         self._namespaces: dict[str, Namespace] = {}

@@ -1,6 +1,7 @@
 """What a Lightning user turns on and off around a run changes nothing but what it is for."""
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from variant_cases import VARIANTS, assert_same, every_variant, make_trainer, train
 
+from callbacks import FileBoundaryReset
 from lightning_modules.base import AdapterModule
 
 pytestmark = pytest.mark.slow
@@ -81,3 +83,41 @@ def test_compiled_in_place_trains_as_plain(
     whole = train(name, tmp_path, steps=4)
     assert_same(train(name, tmp_path, steps=4, module={"compile_model": True}), whole)
     torch._dynamo.reset()
+
+
+class Batches(pl.Callback):
+    """What every training step reads, in order."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[list[int], list[int]]] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, *args: Any) -> None:
+        plan = batch[0]["plan"]
+        self.seen.append((list(plan.stream_id), list(plan.chunk_index)))
+
+
+@every_variant
+def test_finding_a_learning_rate_first_changes_nothing_afterwards(
+    name: str, tmp_path: Path
+) -> None:
+    found, read = [], {False: Batches(), True: Batches()}
+
+    def search() -> list[pl.Callback]:
+        found.append(
+            pl.callbacks.LearningRateFinder(1e-5, 1e-1, num_training_steps=6, update_attr=False)
+        )
+        return [found[0], read[True]]
+
+    options = {"steps": 4, "limit_val_batches": 2}
+    whole = train(name, tmp_path, callbacks=lambda: [read[False]], **options)
+    assert_same(train(name, tmp_path, callbacks=search, **options), whole)
+    assert read[True].seen == read[False].seen
+    results = found[0].optimal_lr.results
+    assert len(results["loss"]) == 6 and all(map(math.isfinite, results["loss"]))
+
+
+def test_power_without_its_callback_a_run_says_what_is_missing(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, 1)
+    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, FileBoundaryReset)]
+    with pytest.raises(RuntimeError, match="add callbacks.FileBoundaryReset"):
+        trainer.fit(VARIANTS["lact"].module(), VARIANTS["lact"].data(tmp_path))
