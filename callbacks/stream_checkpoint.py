@@ -1,20 +1,23 @@
-"""Fast state and random state in every checkpoint: resuming equals never having stopped."""
+"""What exact resuming needs beside weights: fast state, random state, open gradients."""
 
 from __future__ import annotations
 
 import random
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
 
 
 class StreamStateCheckpoint(Callback):
     """Save and restore, per rank, the training streams and the random number generators.
 
+    Between two batches whose gradients are accumulated for one step, the gradients so far as well.
     The position of the loader travels beside it (Lightning saves the `state_dict` of
     `StreamLoader`), so a run that is resumed in the middle of a file continues bit for bit.
     A checkpoint of another world size has no state for the new rows: they start afresh, and a
@@ -28,6 +31,8 @@ class StreamStateCheckpoint(Callback):
         self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
         here = {"streams": pl_module.streams.state_dict("train"), "rng": collect_rng_states()}
+        if trainer.training and trainer.fit_loop.epoch_loop._should_accumulate():
+            here["gradients"] = collect_gradients(pl_module)
         checkpoint["streams"] = _gather(here)
 
     def on_load_checkpoint(
@@ -50,6 +55,7 @@ class StreamStateCheckpoint(Callback):
         mine = restored[trainer.global_rank]
         pl_module.streams.load_state_dict(mine["streams"], "train", device=pl_module.device)
         set_rng_states(mine["rng"])
+        set_gradients(pl_module, mine.get("gradients", {}))
 
 
 def _gather(value: dict[str, Any]) -> list[dict[str, Any]]:
@@ -58,6 +64,19 @@ def _gather(value: dict[str, Any]) -> list[dict[str, Any]]:
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, value)
     return everyone
+
+
+def collect_gradients(module: nn.Module) -> dict[str, Tensor]:
+    """Gradients of this process, name -> a copy on the CPU."""
+    parameters = module.named_parameters()
+    return {name: p.grad.detach().cpu().clone() for name, p in parameters if p.grad is not None}
+
+
+def set_gradients(module: nn.Module, gradients: Mapping[str, Tensor]) -> None:
+    """Give the named parameters these gradients; the others keep what they have."""
+    parameters = dict(module.named_parameters())
+    for name, gradient in gradients.items():
+        parameters[name].grad = gradient.to(parameters[name].device)
 
 
 def collect_rng_states() -> dict[str, Any]:
