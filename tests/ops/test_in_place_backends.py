@@ -147,6 +147,27 @@ def test_bfloat16_keeps_its_state_in_float32(backend: str, given: tuple[str, ...
     torch.testing.assert_close(o.float(), expected, rtol=2**-7, atol=2**-7 * expected.abs().max())
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("given", [(), FLAGS], ids=["plain", "flags"])
+def test_bfloat16_in_calls_that_are_long_enough_for_its_products(
+    given: tuple[str, ...], form: str
+) -> None:
+    """Errors of bfloat16 (2**-9 for a rounding), against the same numbers in float64."""
+    case = make_case(time=67, chunk_size=5, dtype=torch.bfloat16, **FORMS[form])
+    case = carried_state(random_flags(case, 1, *given), seed=2)
+    assert case.state is not None
+    state = type(case.state)(*(x.double() if x.is_floating_point() else x for x in case.state))
+    tensors = {name: x.double() for name, x in case.tensors.items()}
+    wide = Case(tensors, case.options, state)
+    expected, expected_gradients = differentiate(wide, "naive")
+    actual, gradients = differentiate(case, "torch")
+    assert actual["dw"].dtype == actual["pending_dw"].dtype == torch.float32
+    for ours, theirs in ((actual, expected), (gradients, expected_gradients)):
+        for name, value in theirs.items():
+            error = (ours[name].double() - value).norm() / value.double().norm().clamp(min=1e-9)
+            assert error < 0.01, f"{name}: {error}"
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_applies_to_the_linear_layer_alone(backend: str) -> None:
     case = make_case(time=13, chunk_size=4, dtype=torch.float32)

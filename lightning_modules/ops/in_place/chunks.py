@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_modules.ops.grid import MoveRows, Progress, inverse
+from lightning_modules.ops.products import product
 from lightning_modules.ops.states import InPlaceState
 
 
@@ -27,12 +28,12 @@ def read_chunks(
     count = before.pending_count
     if state is None:
         z_, w_ = _cut(z, size), _cut(w, size)
-        adds = w_.mT @ z_
+        adds = product(w_.mT, z_, z.dtype)
         first = torch.zeros_like(adds[:, :1])
     else:
         slot, token = _slots(count, time, _up_to(time + size - 1, size))
         z_, w_ = (_move(x, token, slot).unflatten(1, (-1, size)) for x in (z, w))
-        adds = w_.mT @ z_
+        adds = product(w_.mT, z_, z.dtype)
         adds = torch.cat([adds[:, :1] + state.pending_dw.unsqueeze(1), adds[:, 1:]], dim=1)
         first = state.dw.unsqueeze(1)
     place = torch.arange(adds.shape[1], device=z.device)
@@ -42,7 +43,7 @@ def read_chunks(
     open_from = time // size
     pending = (adds[:, open_from:] * still[:, open_from:]).sum(1)
     total = torch.cat([first, _clipped(adds, clip) * closed], dim=1).cumsum(1)
-    read = (z_ @ total[:, :-1].mT).flatten(1, 2)
+    read = product(z_, total[:, :-1].mT, z.dtype).flatten(1, 2)
     change = read[:, :time] if state is None else _move(read, slot, token)
     seen, document = before.tokens_seen + time, before.document_id
     # A copy: the state must not keep the matrices of all chunks.

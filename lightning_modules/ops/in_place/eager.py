@@ -12,7 +12,9 @@ masked tokens and open chunks has the same shapes; only between pieces is S made
 such a mix, for calls shorter than a chunk (one token at a time above all), and for chunks so small
 that a matrix for each would be larger than its tokens.
 
-Neither form waits for the device.
+Neither form waits for the device. Products of bfloat16 inputs are of bfloat16 numbers (what is read
+of the state is rounded to them) and accumulated in float32; everything else, the state first of
+all, is float32. In single tokens' calls, which only read the state, products are float32 as well.
 """
 
 import torch
@@ -44,11 +46,13 @@ def eager_in_place(
     state: InPlaceState | None,
 ) -> tuple[Tensor, InPlaceState]:
     """In-Place TTT by matrix products; arguments and results are those of `ops.in_place`."""
-    base, dtype = linear(z, w_down), torch.promote_types(z.dtype, torch.float32)
+    base, wide = linear(z, w_down), torch.promote_types(z.dtype, torch.float32)
+    narrow = z.dtype == v.dtype == torch.bfloat16 and z.shape[1] >= SHORTEST
+    dtype = z.dtype if narrow else wide
     with torch.autocast("cpu" if z.device.type == "meta" else z.device.type, enabled=False):
         z, w = z.to(dtype), _scaled(v.to(dtype), eta)
         if state is not None:
-            changes = {name: getattr(state, name).to(dtype) for name in ("dw", "pending_dw")}
+            changes = {name: getattr(state, name).to(wide) for name in ("dw", "pending_dw")}
             state = state._replace(**changes)
         if mask is None and document_ids is None and _makes_matrices(z, v, chunk_size):
             change, after = read_chunks(z, w, chunk_size, clip, state)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lightning_modules.ops.grid import Progress
 from lightning_modules.ops.in_place.places import Places, find_places
+from lightning_modules.ops.products import product
 from lightning_modules.ops.states import InPlaceState
 
 
@@ -39,23 +40,23 @@ def read_history(
     pairs = same & (chunk > places.chunk[:, None, :-1]) & places.valid.unsqueeze(1)
     mates = same & (chunk == places.chunk[:, None, :-1]) & places.valid.unsqueeze(1)
 
-    opened = None if state is None else z @ state.pending_dw.mT
+    opened = None if state is None else product(z, state.pending_dw.mT, z.dtype)
     scaled, opening = w, None
     if clip is not None:
         scaled, opening = _clipped(keys, w, clip, mates[:, :-1], opened, places, state)
-    scores = (z @ keys.mT).masked_fill(~pairs[:, :-1], 0)
-    change = scores @ scaled
+    scores = product(z, keys.mT, z.dtype).masked_fill(~pairs[:, :-1], 0)
+    change = product(scores, scaled, z.dtype)
     if state is not None and opened is not None:
         carried, still = _carried(places)
         past = opened if opening is None else opening * opened
-        change = change + (z @ state.dw.mT).masked_fill(~carried[:, :-1], 0)
+        change = change + product(z, state.dw.mT, z.dtype).masked_fill(~carried[:, :-1], 0)
         change = change + past.masked_fill(~(carried & ~still)[:, :-1], 0)
     if document_ids is not None:
         # Masked, not multiplied by zero: a document with a NaN must not reach the next state.
         others = ~same[:, -1].unsqueeze(-1)
         keys, w, scaled = (x.masked_fill(others, 0) for x in (keys, w, scaled))
-    dw = (scaled * pairs[:, -1].unsqueeze(-1)).mT @ keys
-    pending = (w * mates[:, -1].unsqueeze(-1)).mT @ keys
+    dw = product((scaled * pairs[:, -1].unsqueeze(-1)).mT, keys, z.dtype)
+    pending = product((w * mates[:, -1].unsqueeze(-1)).mT, keys, z.dtype)
     if state is not None:
         ends = document_ids is not None
         dw, pending = _add_carried(dw, pending, opening, places, state, ends)
@@ -111,7 +112,8 @@ def _clipped(
     With `G_ij = (w_i . w_j) (z_i . z_j)` the squared norm of `sum_i w_i z_i^T` is `sum_ij G_ij`,
     and of `P + sum_i w_i z_i^T` it is `||P||^2 + 2 sum_i w_i . P z_i + sum_ij G_ij`.
     """
-    products = ((w @ w.mT) * (keys @ keys.mT)).masked_fill(~mates, 0).sum(-1, keepdim=True)
+    products = product(w, w.mT, w.dtype) * product(keys, keys.mT, w.dtype)
+    products = products.masked_fill(~mates, 0).sum(-1, keepdim=True)
     square = products.mT.expand_as(mates).masked_fill(~mates, 0).sum(-1, keepdim=True)
     if state is None or opened is None:
         return w * _factor(square, clip), None
