@@ -62,8 +62,10 @@ def in_place(
     Returns:
         Outputs `[B, T, D]`, and the state after the last token. `W_down z` is computed as a linear
         layer does, autocast included, and what S adds in float32 (float64 if z is), so that
-        outputs are bit for bit those of the layer as long as S is zero. The state keeps its
-        autograd graph: detach it where backpropagation through time is to stop.
+        outputs are bit for bit those of the layer as long as S is zero. If z and v are bfloat16
+        and the call has 64 tokens or more, products are of bfloat16 numbers, accumulated in
+        float32. The state keeps its autograd graph: detach it where backpropagation through time
+        is to stop.
 
     Raises:
         ValueError: if shapes, dtypes or options do not fit together.
