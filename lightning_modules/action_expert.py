@@ -9,6 +9,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn import functional as F
 
 from lightning_modules.adapters import (
@@ -23,6 +24,7 @@ from lightning_modules.adapters import (
     store_plan,
 )
 from lightning_modules.base import Chunk, ParameterGroup, Schedule
+from lightning_modules.distributed.sharding import is_sharded
 from lightning_modules.layers.normalization import Normalizer
 from lightning_modules.models.action_expert import ExpertConfig
 from lightning_modules.models.backbone import STATE, Backbone, Writers
@@ -182,16 +184,26 @@ class ActionExpertModule(SizedModule):
         actions = self.normalizer.normalize(ACTION, chunk[ACTION])
         action_dim = actions.shape[-1]
         actions = F.pad(actions, (0, self.model.action_size - action_dim))
-        noise = torch.randn(
-            actions.shape, dtype=actions.dtype, device=actions.device, generator=generator
-        )
-        time = sample_time(actions.shape[:1], generator=generator, device=actions.device)
+        noise, time = self.draw(chunk, actions, generator)
         noisy, target = interpolate(actions, noise, time)
         velocity = self.model(observed, noisy, time, fast_state=fast_state, write=self.ttt_write)
         loss, per_row = flow_matching_loss(velocity, target, chunk["action_is_pad"], action_dim)
         if fast_state.listens("loss"):
             fast_state.publish("loss", "model", per_row=per_row)
         return loss
+
+    def chunk_targets(self, chunk: Chunk) -> Tensor:
+        """Number of recorded actions of a chunk."""
+        return (~chunk["action_is_pad"]).sum()
+
+    def draw(
+        self, chunk: Chunk, actions: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """Noise like `actions [B, A, D]` and times `[B]` at which a chunk is trained."""
+        noise = torch.randn(
+            actions.shape, dtype=actions.dtype, device=actions.device, generator=generator
+        )
+        return noise, sample_time(actions.shape[:1], generator=generator, device=actions.device)
 
     def _observe(self, observation: Mapping[str, Any]) -> Any:
         """What the backbone needs of an observation, for training and for all Euler steps."""
@@ -220,8 +232,10 @@ class ActionExpertModule(SizedModule):
         """
         assert self.model is not None
         # `forward`, not the call: what is compiled for training would compile anew for every
-        # number of rows that a batch of environments happens to ask for.
-        forward, fast = self.model.forward, fast_state or FastState.transient()
+        # number of rows that a batch of environments happens to ask for. Sharded weights are not
+        # compiled, and only the call gathers them.
+        forward = self.model if is_sharded(self.model) else self.model.forward
+        fast = fast_state or FastState.transient()
         if not isinstance(observation, Mapping):
             observation = {STATE: observation}
         state, observed = observation[STATE], self._observe(observation)
@@ -275,6 +289,18 @@ class ActionExpertModule(SizedModule):
         if group is not None:
             return group
         return "adapter" if ".lora_" in name else "base"
+
+    def left_out_names(self) -> set[str]:
+        """Frozen weights of a pretrained model."""
+        assert self.model is not None
+        return {f"model.{name}" for name in self.model.restorable()}
+
+    def shard_model(self) -> None:
+        """Share the model out, with the fingerprint of what checkpoints leave out taken before."""
+        assert self.model is not None
+        self.model.fingerprint()
+        super().shard_model()
+        register_fsdp_forward_method(self.model, "observe")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store options and sizes, so that `rebuild` needs nothing but the checkpoint.

@@ -18,6 +18,9 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
+from lightning_modules.distributed.loss import over_processes
+from lightning_modules.distributed.processes import prepare, seed_process
+from lightning_modules.means import TargetMean
 from lightning_modules.streams import NO_STREAM, FastState, StreamPlan, StreamState
 from lightning_modules.tuning import TunableStreams
 
@@ -100,6 +103,7 @@ class AdapterModule(TunableStreams):
         self.schedule = schedule or Schedule()
         self.groups = dict(groups or {})
         self.streams = StreamState(persistent=persistent)
+        self.means = nn.ModuleDict({f"{stage}_loss": TargetMean() for stage in ("val", "test")})
 
     @abstractmethod
     def chunk_loss(
@@ -112,6 +116,11 @@ class AdapterModule(TunableStreams):
             fast_state: handle on the chunk's state, to be handed down to the model.
             generator: source of noise; None uses the global one.
         """
+
+    def chunk_targets(self, chunk: Chunk) -> Tensor:
+        """Over how many targets `chunk_loss` is the mean, a scalar: by default over live rows."""
+        ids = StreamPlan.of(chunk).stream_id
+        return torch.full((), sum(id_ != NO_STREAM for id_ in ids), device=self.device)
 
     def predict_chunk(
         self, chunk: Chunk, fast_state: FastState, generator: torch.Generator | None
@@ -126,14 +135,27 @@ class AdapterModule(TunableStreams):
         """Group of a parameter (one of `GROUPS`) by its dotted name."""
         return "base"
 
+    def left_out_names(self) -> set[str]:
+        """Names of weights that checkpoints leave out, because building the model loads them."""
+        return set()
+
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether weight decay applies: to matrices, but to no norm and no bias."""
         return parameter.dim() > 1 and not re.search(r"norm|bias|\.b[12]$", name)
 
+    def setup(self, stage: str) -> None:
+        """Prepare the processes, when they have met."""
+        prepare(self.trainer)
+
+    def on_fit_start(self) -> None:
+        """Let every process draw noise of its own."""
+        seed_process(self.global_rank)
+
     def training_step(self, batch: list[Chunk], batch_idx: int) -> Tensor:
         """Sum of the losses of the batch's chunks; one backward goes through all of them.
 
-        Auxiliary losses that layers left in a chunk's `FastState` are added, and logged by name.
+        A loss is the mean over the targets of all processes (see `over_processes`). Auxiliary
+        losses that layers left in a chunk's `FastState` are added, and logged by name.
         """
         losses, auxiliary = [], defaultdict(list)
         for chunk in batch:
@@ -141,8 +163,10 @@ class AdapterModule(TunableStreams):
             losses.append(self.chunk_loss(chunk, handle, None))
             for name, value in _named_losses(handle):
                 auxiliary[name].append(value)
-        loss = torch.stack(losses)
-        self.log("train/loss", loss.detach().mean(), batch_size=_rows(batch))
+        loss, mean = over_processes(
+            torch.stack(losses), lambda: torch.stack([self.chunk_targets(c) for c in batch])
+        )
+        self.log("train/loss", mean.mean(), batch_size=_rows(batch))
         total = loss.sum()
         for name, values in auxiliary.items():
             value = torch.stack(values).sum()
@@ -151,19 +175,23 @@ class AdapterModule(TunableStreams):
         return total
 
     def validation_step(self, batch: list[Chunk], batch_idx: int) -> None:
-        """Mean loss, with noise that is the same in every validation run."""
+        """Mean loss over all targets, with noise that is the same in every validation run."""
         self._evaluation_step("val", batch, batch_idx)
 
     def test_step(self, batch: list[Chunk], batch_idx: int) -> None:
-        """Mean loss, with noise that is the same in every test run."""
+        """Mean loss over all targets, with noise that is the same in every test run."""
         self._evaluation_step("test", batch, batch_idx)
 
     def _evaluation_step(self, name: str, batch: list[Chunk], batch_idx: int) -> None:
         # A generator of its own: evaluation must not move the one that training draws from.
         generator = torch.Generator(self.device).manual_seed(batch_idx)
-        losses = [self.chunk_loss(chunk, self.streams.begin(chunk), generator) for chunk in batch]
-        live = sum(int(id_ >= 0) for chunk in batch for id_ in chunk["plan"].stream_id)
-        self.log(f"{name}/loss", torch.stack(losses).mean(), batch_size=live, sync_dist=True)
+        metric = self.means[f"{name}_loss"]
+        for chunk in batch:
+            targets = self.chunk_targets(chunk)
+            metric.update(
+                self.chunk_loss(chunk, self.streams.begin(chunk), generator) * targets, targets
+            )
+        self.log(f"{name}/loss", metric, on_step=False, on_epoch=True)
 
     def predict_step(self, batch: list[Chunk], batch_idx: int) -> dict[str, Tensor]:
         """Predictions of the batch's chunks, one after the other, without its idle rows.

@@ -11,44 +11,18 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from lightning_modules.base import Chunk, ParameterGroup, Schedule
 from lightning_modules.generation import FastStateCache
 from lightning_modules.layers.rope import document_positions
+from lightning_modules.means import TargetMean
 from lightning_modules.models.pretrained import LeftOut
 from lightning_modules.sized import SizedModule
 from lightning_modules.streams import FastState
 
 IGNORED = -100
 """Label of a token that is not to be predicted."""
-
-
-class LabelMean(Metric):
-    """Mean over the labels of all batches and processes.
-
-    torchmetrics' MeanMetric ignores weights where its check for NaN, which waits for the device,
-    is switched off (1.9.0).
-    """
-
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("total", "count"):
-            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
-
-    def update(self, values: Tensor, labelled: Tensor) -> None:
-        """Add `values [B, T]` where `labelled [B, T]` (bool)."""
-        self.total += torch.where(labelled, values, 0.0).sum()
-        self.count += labelled.sum()
-
-    def compute(self) -> Tensor:
-        """The mean; NaN without a label."""
-        return self.total / self.count
 
 
 class LanguageModule(SizedModule):
@@ -82,13 +56,8 @@ class LanguageModule(SizedModule):
         self.features: dict[str, Any] = {}
         self.model: PreTrainedModel | None = None
         self.left_out: LeftOut | None = None
-        self.means = torch.nn.ModuleDict(
-            {
-                f"{stage}_{name}": LabelMean()
-                for stage in ("val", "test")
-                for name in ("loss", "accuracy")
-            }
-        )
+        for stage in ("val", "test"):
+            self.means[f"{stage}_accuracy"] = TargetMean()
 
     @property
     def _takes_positions(self) -> bool:
@@ -145,13 +114,14 @@ class LanguageModule(SizedModule):
         return context
 
     def token_losses(self, chunk: Chunk, fast_state: FastState) -> Tensor:
-        """Loss of every label in nats, 0 where there is none, float32 `[B, T]`."""
+        """Loss of every label in nats, 0 where there is none, `[B, T]`, at least float32."""
         return self._losses_of(self.logits(chunk, fast_state), chunk, fast_state)
 
     def _losses_of(self, logits: Tensor, chunk: Chunk, fast_state: FastState) -> Tensor:
         labels = chunk["labels"]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = F.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
         ).view(labels.shape)
         if fast_state.listens("token_loss"):
             position = torch.where(labels != IGNORED, position_in_file(chunk), -1)
@@ -163,7 +133,11 @@ class LanguageModule(SizedModule):
     ) -> Tensor:
         """Mean loss over the labels of a chunk; 0 if it has none."""
         losses = self.token_losses(chunk, fast_state)
-        return losses.sum() / (chunk["labels"] != IGNORED).sum().clamp(min=1)
+        return losses.sum() / self.chunk_targets(chunk).clamp(min=1)
+
+    def chunk_targets(self, chunk: Chunk) -> Tensor:
+        """Number of labels of a chunk."""
+        return (chunk["labels"] != IGNORED).sum()
 
     def _evaluation_step(self, name: str, batch: list[Chunk], batch_idx: int) -> None:
         # By label, not by batch: batches at the end of an epoch have fewer of them.
@@ -174,8 +148,10 @@ class LanguageModule(SizedModule):
                 "loss": self._losses_of(logits, chunk, fast_state),
                 "accuracy": (logits.argmax(-1) == chunk["labels"]).float(),
             }
+            labelled = chunk["labels"] != IGNORED
             for key, value in values.items():
-                self.means[f"{name}_{key}"].update(value, chunk["labels"] != IGNORED)
+                total = torch.where(labelled, value, 0.0).sum()
+                self.means[f"{name}_{key}"].update(total, labelled.sum())
         for key in ("loss", "accuracy"):
             metric = self.means[f"{name}_{key}"]
             self.log(f"{name}/{key}", metric, on_step=False, on_epoch=True)
@@ -254,6 +230,16 @@ class LanguageModule(SizedModule):
             )
         for key, parameter in self._frozen().items():
             checkpoint["state_dict"].setdefault(key, parameter.detach())
+
+    def left_out_names(self) -> set[str]:
+        """Frozen pretrained weights."""
+        return set(self._frozen())
+
+    def shard_model(self) -> None:
+        """Share the model out; what checkpoints leave out of it is known by name from now on."""
+        if self.left_out is not None:
+            self.left_out.settle(self.model)
+        super().shard_model()
 
     def _frozen(self) -> dict[str, Tensor]:
         """Weights that checkpoints leave out, by their name in the module's state dict."""

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_modules.base import Chunk, ParameterGroup, Schedule
-from lightning_modules.language import IGNORED, LabelMean, LanguageModule
+from lightning_modules.language import IGNORED, LanguageModule
+from lightning_modules.means import TargetMean
 from lightning_modules.models.memory import BANKS, inject_memory
 from lightning_modules.models.memory_options import MemoryOptions
 from lightning_modules.models.pretrained import LeftOut, PretrainedOptions, build_base, check_base
@@ -86,7 +87,7 @@ class MemoryBankModule(LanguageModule):
                 "only val/prefix_loss, of tokens with nothing behind them, can be compared"
             )
             for stage in ("val", "test"):
-                self.means[f"{stage}_prefix_loss"] = LabelMean()
+                self.means[f"{stage}_prefix_loss"] = TargetMean()
 
     @property
     def _router(self) -> Any:
@@ -180,7 +181,7 @@ class MemoryBankModule(LanguageModule):
                 self._add_prefix_losses(metric, chunk)
             self.log(f"{name}/prefix_loss", metric, on_step=False, on_epoch=True)
 
-    def _add_prefix_losses(self, metric: LabelMean, chunk: Chunk) -> None:
+    def _add_prefix_losses(self, metric: TargetMean, chunk: Chunk) -> None:
         """Losses of single tokens when the model is given nothing behind them.
 
         What is routed by the whole sequence is honest only in its last token.
@@ -194,4 +195,4 @@ class MemoryBankModule(LanguageModule):
                 for key, value in chunk.items()
             }
             losses = self.token_losses(prefix, FastState.transient())[:, -1:]
-            metric.update(losses, prefix["labels"][:, -1:] != IGNORED)
+            metric.update(losses.sum(), (prefix["labels"][:, -1:] != IGNORED).sum())

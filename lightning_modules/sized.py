@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from lightning_modules.base import AdapterModule
+from lightning_modules.distributed.sharding import is_sharded, shard
+from lightning_modules.distributed.strategy import FSDP2Strategy
 
 
 class SizedModule(AdapterModule):
@@ -38,10 +40,29 @@ class SizedModule(AdapterModule):
             self.check(datamodule.features)
 
     def configure_model(self) -> None:
-        """Build the model for the DataModule's features, unless a checkpoint does so."""
-        loads_checkpoint = self._trainer is None  # in `load_from_checkpoint`
-        if self.model is not None or loads_checkpoint:
+        """Build the model for the DataModule's features, unless a checkpoint does so; shard it."""
+        if self._trainer is None:  # in `load_from_checkpoint`
             return
+        if self.model is None:
+            self._build()
+        if self.device_mesh is not None and not is_sharded(self.model):
+            self.shard_model()
+
+    def shard_model(self) -> None:
+        """Share the model out among the processes of the strategy; see `distributed.sharding`."""
+        if not isinstance(self.trainer.strategy, FSDP2Strategy):
+            raise ValueError(
+                f"{type(self.trainer.strategy).__name__} brings a device mesh, which this module "
+                "cannot follow: use strategy: fsdp2, which shards over all processes"
+            )
+        if getattr(self, "compile_model", False):
+            raise ValueError(
+                "compile_model=true does not go together with sharded parameters: set it to "
+                "false, or use strategy: ddp"
+            )
+        shard(self.model, self.device_mesh["data_parallel"])
+
+    def _build(self) -> None:
         datamodule = getattr(self.trainer, "datamodule", None)
         if not hasattr(datamodule, "features"):
             raise ValueError(

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_modules.base import ParameterGroup, Schedule
+from lightning_modules.distributed.sharding import is_sharded
 from lightning_modules.language import LanguageModule
 from lightning_modules.models.adapter_files import save_adapters
 from lightning_modules.models.in_place import InPlaceOptions
@@ -155,11 +156,17 @@ class TTTLoRAModule(LanguageModule):
             folder: a new or empty folder.
 
         Raises:
-            ValueError: there is no model yet, or it has no adapters.
+            ValueError: there is no model yet, it has no adapters, or it is sharded.
             FileExistsError: there is something in the folder.
         """
         if self.model is None:
             raise ValueError("there is no model to save yet: fit, or load a checkpoint first")
+        if is_sharded(self.model):
+            raise ValueError(
+                "the weights are sharded over several processes: save a checkpoint, put it into "
+                "one file (python -m lightning_modules.distributed.consolidate FOLDER FILE), and "
+                "load that"
+            )
         trained = self.pretrained is None or self.pretrained.train == "all"
         save_adapters(self.model, folder, with_base=trained)
 

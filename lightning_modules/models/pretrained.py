@@ -118,12 +118,19 @@ class LeftOut:
 
     def __init__(self, model: nn.Module) -> None:
         self._ids = {id(p) for p in model.parameters() if not p.requires_grad}
+        self._names: set[str] | None = None
         self._fingerprint: str | None = None
+
+    def settle(self, module: nn.Module) -> None:
+        """Know the weights by their names from now on, before sharding replaces them all."""
+        self.fingerprint(module)
+        self._names = {name for name, _ in self.named(module)}
 
     def named(self, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         """The frozen weights with the names that they have in `module`, tied ones under each."""
         for name, parameter in module.named_parameters(remove_duplicate=False):
-            if id(parameter) in self._ids:
+            known = id(parameter) in self._ids if self._names is None else name in self._names
+            if known:
                 yield name, parameter
 
     def fingerprint(self, module: nn.Module) -> str | None:

@@ -1,0 +1,1 @@
+"""Several processes: losses over all of them, interruption, sharded parameters and checkpoints."""
