@@ -1,4 +1,4 @@
-"""Run a function in two processes that reduce over gloo."""
+"""Run a function in two or more processes that reduce over gloo."""
 
 import gc
 import multiprocessing
@@ -21,8 +21,16 @@ def in_two_processes(work: Callable[..., None], folder: Path, *args: Any) -> Non
         folder: empty; for the processes' meeting point and for what `work` saves.
         *args: further arguments of `work`.
     """
+    in_processes(2, work, folder, *args)
+
+
+def in_processes(world: int, work: Callable[..., None], folder: Path, *args: Any) -> None:
+    """As `in_two_processes`, in ranks 0 to world - 1."""
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_run, args=(rank, work, folder, args)) for rank in (0, 1)]
+    workers = [
+        context.Process(target=_run, args=(rank, world, work, folder, args))
+        for rank in range(world)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -30,13 +38,16 @@ def in_two_processes(work: Callable[..., None], folder: Path, *args: Any) -> Non
     for worker in workers:
         worker.kill()
         worker.join()
-    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert [worker.exitcode for worker in workers] == [0] * world
 
 
-def _run(rank: int, work: Callable[..., None], folder: Path, args: tuple[Any, ...]) -> None:
+def _run(
+    rank: int, world: int, work: Callable[..., None], folder: Path, args: tuple[Any, ...]
+) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
-    store = torch.distributed.FileStore(str(folder / "store"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(str(folder / "store"), world)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
     work(rank, folder, *args)
     # A DistributedDataParallel that outlives the group can hang in the destructor of gloo.
     gc.collect()

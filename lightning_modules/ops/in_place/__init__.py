@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from lightning_modules.ops.checks import select_backend
 from lightning_modules.ops.in_place.checks import check_in_place
@@ -27,6 +28,7 @@ def in_place(
     document_ids: Tensor | None = None,
     state: InPlaceState | None = None,
     adapt: bool = True,
+    group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, InPlaceState]:
     """Read a sequence with a linear map to which every chunk of it adds its outer products.
@@ -56,6 +58,10 @@ def in_place(
             state's) starts with S = 0 in a new chunk. None: one document without end.
         state: what an earlier call returned; None, or all zeros in a row: S = 0.
         adapt: False: the tokens of the call do not write, as with an eta of 0.
+        group: processes that share the rows: each brings the p-th of P parts of the same length T,
+            with its mask and documents, and gets its outputs. The state is that of the whole rows,
+            the same on all; the gradient of w_down is the sum over the processes (see
+            `ops.processes`).
         backend: "torch" (fast), "naive" (a loop over tokens that defines the result), or "auto"
             (the fastest there is).
 
@@ -80,4 +86,4 @@ def in_place(
         "state": state,
     }
     check_in_place(z, v, w_down, eta, **options)
-    return run(z, v, w_down, eta if adapt else 0.0, **options)
+    return run(z, v, w_down, eta if adapt else 0.0, **options, group=group)

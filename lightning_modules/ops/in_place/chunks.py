@@ -42,7 +42,7 @@ def read_chunks(
     still = (place == full.unsqueeze(1))[..., None, None]
     open_from = time // size
     pending = (adds[:, open_from:] * still[:, open_from:]).sum(1)
-    total = torch.cat([first, _clipped(adds, clip) * closed], dim=1).cumsum(1)
+    total = torch.cat([first, clipped(adds, clip) * closed], dim=1).cumsum(1)
     read = product(z_, total[:, :-1].mT, z.dtype).flatten(1, 2)
     change = read[:, :time] if state is None else _move(read, slot, token)
     seen, document = before.tokens_seen + time, before.document_id
@@ -51,7 +51,7 @@ def read_chunks(
     return change, InPlaceState(dw, pending, (count + time) % size, seen, document)
 
 
-def _clipped(adds: Tensor, clip: float | Tensor | None) -> Tensor:
+def clipped(adds: Tensor, clip: float | Tensor | None) -> Tensor:
     """Matrices scaled down to the largest norm, `[..., D, F]`; exact gradients, also at zero."""
     if clip is None:
         return adds

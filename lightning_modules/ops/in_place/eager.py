@@ -17,12 +17,18 @@ of the state is rounded to them) and accumulated in float32; everything else, th
 all, is float32. In single tokens' calls, which only read the state, products are float32 as well.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn.functional import linear
 
-from lightning_modules.ops.in_place.chunks import read_chunks
+from lightning_modules.ops.grid import Progress
+from lightning_modules.ops.in_place.chunks import clipped, read_chunks
 from lightning_modules.ops.in_place.history import read_history
+from lightning_modules.ops.in_place.shared import add_before, find_part, gather_sums, scan
+from lightning_modules.ops.products import product
 from lightning_modules.ops.states import InPlaceState
 
 LARGE = 2
@@ -44,6 +50,7 @@ def eager_in_place(
     mask: Tensor | None,
     document_ids: Tensor | None,
     state: InPlaceState | None,
+    group: ProcessGroup | None,
 ) -> tuple[Tensor, InPlaceState]:
     """In-Place TTT by matrix products; arguments and results are those of `ops.in_place`."""
     base, wide = linear(z, w_down), torch.promote_types(z.dtype, torch.float32)
@@ -54,11 +61,51 @@ def eager_in_place(
         if state is not None:
             changes = {name: getattr(state, name).to(wide) for name in ("dw", "pending_dw")}
             state = state._replace(**changes)
-        if mask is None and document_ids is None and _makes_matrices(z, v, chunk_size):
-            change, after = read_chunks(z, w, chunk_size, clip, state)
-        else:
-            change, after = _read_pieces(z, w, chunk_size, clip, mask, document_ids, state)
+        read = _read if group is None else partial(_read_shared, group)
+        change, after = read(z, w, chunk_size, clip, mask, document_ids, state)
     return (base + change).to(base.dtype), after
+
+
+def _read(
+    z: Tensor,
+    w: Tensor,
+    chunk_size: int,
+    clip: float | Tensor | None,
+    mask: Tensor | None,
+    document_ids: Tensor | None,
+    state: InPlaceState | None,
+) -> tuple[Tensor, InPlaceState]:
+    """What S adds to the outputs, `[B, T, D]`, and the state after the call."""
+    if mask is None and document_ids is None and _makes_matrices(z, w, chunk_size):
+        return read_chunks(z, w, chunk_size, clip, state)
+    return _read_pieces(z, w, chunk_size, clip, mask, document_ids, state)
+
+
+def _read_shared(
+    group: ProcessGroup,
+    z: Tensor,
+    w: Tensor,
+    chunk_size: int,
+    clip: float | Tensor | None,
+    mask: Tensor | None,
+    document_ids: Tensor | None,
+    state: InPlaceState | None,
+) -> tuple[Tensor, InPlaceState]:
+    """As `_read`, of the own part of rows that the processes of the group share."""
+    part = find_part(z, chunk_size, mask, document_ids, Progress.of(state, z), group)
+    wide = torch.promote_types(z.dtype, torch.float32)
+    fresh = z.new_zeros(len(z), w.shape[-1], z.shape[-1], dtype=wide)
+    dw, pending = (fresh, fresh) if state is None else (state.dw, state.pending_dw)
+    opening = part.opening.unsqueeze(-1)
+    opens = product(w.masked_fill(~opening, 0).mT, z.masked_fill(~opening, 0), z.dtype)
+    own = InPlaceState(fresh, fresh, *part.begin)
+    behind = w.masked_fill(opening, 0)
+    change, own = _read(z, behind, chunk_size, clip, mask, document_ids, own)
+    sums = gather_sums(opens, own, part.places, group)
+    totals, open_chunks = scan(sums, dw, pending, clip)
+    before, closed = totals[group.rank()], clipped(open_chunks[group.rank()] + opens, clip)
+    change = add_before(change, z, before, closed, part.places)
+    return change, InPlaceState(totals[-1].clone(), open_chunks[-1].clone(), *part.end)
 
 
 def _scaled(v: Tensor, eta: float | Tensor) -> Tensor:

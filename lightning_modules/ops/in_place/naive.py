@@ -7,6 +7,7 @@ into chunks: each token is read with the weight as the chunk found it, and leave
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn.functional import linear
 
 from lightning_modules.ops.states import InPlaceState
@@ -70,8 +71,15 @@ def naive_in_place(
     mask: Tensor | None,
     document_ids: Tensor | None,
     state: InPlaceState | None,
+    group: ProcessGroup | None,
 ) -> tuple[Tensor, InPlaceState]:
-    """In-Place TTT by a loop; arguments and results are those of `ops.in_place`."""
+    """In-Place TTT by a loop; arguments and results are those of `ops.in_place`.
+
+    Raises:
+        ValueError: if there is a group.
+    """
+    if group is not None:
+        raise ValueError("the naive backend has no group: use backend='torch' to share rows")
     base, dtype = linear(z, w_down), torch.promote_types(z.dtype, torch.float32)
     z, v = z.to(dtype), v.to(dtype)
     rates = torch.as_tensor(eta, dtype=dtype, device=z.device).expand(z.shape[:2])

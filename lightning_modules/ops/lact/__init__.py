@@ -83,8 +83,10 @@ def lact(
             as `W + (w - w.detach())`: the learned ones get their gradient, the value stays.
         adapt: False reads without writing: chunks end, the weights stay as they are.
         recompute: keep no activation inside a chunk for the backward pass: it computes them again.
-        group: processes that share every chunk: each brings `chunk_size / world` tokens of it, and
-            the updates are summed over them. T counts its own; no mask, no documents.
+        group: processes that share the rows: each brings the p-th of P parts of the same length T,
+            with its mask and documents, and gets its outputs. State and weights are those of the
+            whole rows, the same on all; the gradient of each is the sum over the processes
+            (see `ops.processes`).
         backend: "torch" (fast), "naive" (a loop over tokens that defines the result), or "auto"
             (the fastest there is).
 

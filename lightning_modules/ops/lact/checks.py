@@ -52,11 +52,8 @@ def check_lact(
         raise ValueError(f"muon_dtype must be floating point, but is {muon_dtype}")
     check_mask("mask", mask, q)
     check_document_ids(document_ids, q)
-    slots = chunk_size
-    if group is not None:
-        slots = _check_group(chunk_size, mask, document_ids, group.size())
     if state is not None:
-        _check_state(state, q, lr, w0, slots, momentum is not None, prenorm)
+        _check_state(state, q, lr, w0, chunk_size, momentum is not None, prenorm)
 
 
 def _check_weights(q: Tensor, w0: Tensor, w1: Tensor, w2: Tensor) -> None:
@@ -84,24 +81,6 @@ def _check_rates(q: Tensor, lr: Tensor, momentum: Tensor | None, hidden: int) ->
         check_shape("momentum", momentum, (batch, time, heads))
 
 
-def _check_group(
-    chunk_size: int, mask: Tensor | None, document_ids: Tensor | None, world: int
-) -> int:
-    """Slots that each process has for the open chunk."""
-    for name, tensor in (("mask", mask), ("document_ids", document_ids)):
-        if tensor is not None:
-            raise ValueError(
-                f"{name} cannot be combined with a group: its processes share every chunk, so "
-                f"that all rows are cut alike; leave {name} None, or group"
-            )
-    if chunk_size % world:
-        raise ValueError(
-            f"chunk_size must be a multiple of the {world} processes in group, which share every "
-            f"chunk, but is {chunk_size}"
-        )
-    return chunk_size // world
-
-
 def _check_state(
     state: LaCTState,
     q: Tensor,
@@ -118,7 +97,7 @@ def _check_state(
     for name, theirs, ours in (
         ("batch size", state.w0.shape[0], batch),
         ("blocks", state.w0.shape[1], blocks),
-        ("chunk_size (of a process)", state.pending_k.shape[1], slots),
+        ("chunk_size", state.pending_k.shape[1], slots),
         ("momentum", state.momentum_w0.shape[1] > 0, momentum),
         ("prenorm", state.main_w0.shape[1] > 0, prenorm),
         ("lr per channel", state.pending_lr.dim() == 5, lr.dim() == 5),

@@ -65,11 +65,10 @@ def _run(
     group: ProcessGroup | None,
 ) -> tuple[Tensor, LaCTState]:
     dtype = torch.promote_types(q.dtype, torch.float32)
-    size = chunk_size if group is None else chunk_size // group.size()
-    rule = Rule(muon, muon_dtype, prenorm, residual, greedy, group)
+    rule = Rule(chunk_size, muon, muon_dtype, prenorm, residual, greedy, group)
     tokens = [k, v, lr.flatten(3)] + ([] if momentum is None else [momentum.unsqueeze(-1)])
     with torch.autocast("cpu" if q.device.type == "meta" else q.device.type, enabled=False):
-        layout = plan(q, size, mask, document_ids, state, adapt)
+        layout = plan(q, chunk_size, mask, document_ids, state, adapt, group)
         learned = memory = learned_memory((w0, w1, w2), dtype, momentum is not None, prenorm)
         held = None
         if state is not None and layout.carries:

@@ -183,13 +183,20 @@ class Uneven(NamedTuple):
 
     def pending(self, x: Tensor, held: Tensor | None, dtype: torch.dtype) -> Tensor:
         """As in `Even`."""
-        if held is None:
-            batch, _, *inner = x.shape
-            buffer = x.new_zeros(batch, self.size, *inner, dtype=dtype)
-        else:
-            kept, held = self.kept[..., None, None], held.to(dtype)
-            # A product is much faster on a CPU; only of what is dropped may it not keep a NaN.
-            buffer = torch.where(kept, held, 0) if self.drops else held * kept
+        return self.add_waiting(self.empty(x, dtype) if held is None else self.keep(held, dtype), x)
+
+    def empty(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Slots `[B, C, H, E]` for tokens like x, zero."""
+        return x.new_zeros(len(x), self.size, *x.shape[2:], dtype=dtype)
+
+    def keep(self, held: Tensor, dtype: torch.dtype) -> Tensor:
+        """What stays pending of the state's tokens, `[B, C, H, E]`."""
+        kept, held = self.kept[..., None, None], held.to(dtype)
+        # A product is much faster on a CPU; only of what is dropped may it not keep a NaN.
+        return torch.where(kept, held, 0) if self.drops else held * kept
+
+    def add_waiting(self, buffer: Tensor, x: Tensor) -> Tensor:
+        """Put those of the call's tokens that become pending into free slots, in place."""
         # A free slot is 0: adding is writing, and tokens that do not wait add 0 somewhere.
-        waiting = x.masked_fill(~self.waits[..., None, None], 0).to(dtype)
+        waiting = x.masked_fill(~self.waits[..., None, None], 0).to(buffer.dtype)
         return buffer.scatter_add_(1, self.place[..., None, None].expand_as(x), waiting)

@@ -1,22 +1,27 @@
 """The fast weights of LaCT while a call runs: how they begin, change with a chunk, and end."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, all_reduce
+from torch.distributed import ProcessGroup
 
 from lightning_modules.ops.lact.block import Triple, ascent
 from lightning_modules.ops.lact.muon import newton_schulz
+from lightning_modules.ops.processes import sum_over
 from lightning_modules.ops.states import LaCTState
 
 EPS = 1e-5
 
 
 class Rule(NamedTuple):
-    """How a chunk changes the weights: keywords of `ops.lact`."""
+    """How a chunk changes the weights: keywords of `ops.lact`, and C.
 
+    With a group, the tokens are a share of a chunk of C.
+    """
+
+    size: int
     muon: bool
     muon_dtype: torch.dtype
     prenorm: bool
@@ -26,7 +31,7 @@ class Rule(NamedTuple):
 
 
 class Write(NamedTuple):
-    """The tokens of a full chunk, `[H, B, C, .]`; empty slots are 0.
+    """The tokens of a full chunk, `[H, B, C, .]` (with a group, the own); empty slots are 0.
 
     Attributes:
         k: keys.
@@ -118,7 +123,7 @@ def written(memory: Memory, tokens: Write, rule: Rule) -> Memory:
     k, v, lr, coefficient = tokens
     rates = lr.unflatten(-1, (3, -1)).unbind(-2)
     change = ascent(memory.weights, k, v, rates, rule.residual, rule.greedy)
-    mean = None if coefficient is None else coefficient.mean(-2, keepdim=True)
+    mean = None if coefficient is None else coefficient.sum(-2, keepdim=True) / rule.size
     if rule.group is not None:
         change, mean = _over_group(change, mean, rule.group)
     momentum = None
@@ -157,32 +162,12 @@ def _each(function: Callable[..., Tensor], *triples: Triple) -> Triple:
     return w0, w1, w2
 
 
-class _SumOverGroup(torch.autograd.Function):
-    """`y = sum_p x_p` on every process p.
-
-    The loss is the sum of all processes' losses: each of them depends on y, so that the gradient
-    by x_p is the sum of their gradients by y. What a process has at its copy of a learned weight
-    is its share of the gradient, which is the sum over the processes.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        total = x.clone(memory_format=torch.contiguous_format)
-        all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _SumOverGroup.apply(grad, ctx.group), None
-
-
 def _over_group(
     change: Triple, mean: Tensor | None, group: ProcessGroup
 ) -> tuple[Triple, Tensor | None]:
-    """The change summed, the coefficient averaged over the processes, in one message."""
-    parts = [*change] if mean is None else [*change, mean / group.size()]
-    flat = _SumOverGroup.apply(torch.cat([x.flatten() for x in parts]), group)
+    """The sums of the change and of the coefficient over the processes, in one message."""
+    parts = [*change] if mean is None else [*change, mean]
+    flat = sum_over(torch.cat([x.flatten() for x in parts]), group)
     pieces = flat.split([x.numel() for x in parts])
     c0, c1, c2, *rest = (x.view_as(y) for x, y in zip(pieces, parts, strict=True))
     return (c0, c1, c2), rest[0] if rest else None

@@ -4,9 +4,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from lightning_modules.ops.grid import Grid, Progress, inverse, plan_grid
 from lightning_modules.ops.lact.layout import Counts, Even, Slots, Uneven
+from lightning_modules.ops.lact.shared import Shared, share_of
+from lightning_modules.ops.processes import gather_flags, own_part
 from lightning_modules.ops.states import LaCTState
 
 
@@ -33,14 +36,17 @@ def plan(
     document_ids: Tensor | None,
     state: LaCTState | None,
     adapt: bool,
-) -> Even | Uneven:
-    """Plan a call. A state or documents make it wait for the device, a fresh start does not.
+    group: ProcessGroup | None,
+) -> Even | Uneven | Shared:
+    """Plan a call. A state, documents or a group make it wait for the device, else it does not.
 
     Args:
         q: queries, `[B, T, H, D]`.
         size: C.
         mask: of the op, as are the other arguments.
     """
+    if group is not None:
+        return _shared(q, size, *gather_flags(mask, document_ids, group), state, adapt, group)
     if mask is None and document_ids is None:
         common = (False, 0) if state is None else _in_common(state)
         if common is not None:
@@ -70,6 +76,53 @@ def _even(
     return Even(time, size, ahead, adapt, carries, counts)
 
 
+class _Chart(NamedTuple):
+    """Where the S tokens of rows stand, the state's C before those of the call.
+
+    Attributes:
+        chunk: of each token, -1 for none, `[B, S]`.
+        place: in that, `[B, S]`.
+        pending: slots of the state: C, or 0 without one.
+        is_written: tokens that are written in the call, bool `[B, S]`.
+        rows: rows that write the chunk before, for each chunk, bool `[N, B]`.
+        grid: the slots from which this follows.
+        seen: rows whose state has seen something, bool `[B]`.
+        after: the progress after the call.
+    """
+
+    chunk: Tensor
+    place: Tensor
+    pending: int
+    is_written: Tensor
+    rows: Tensor
+    grid: Grid
+    seen: Tensor
+    after: Progress
+
+
+def _chart(
+    like: Tensor,
+    size: int,
+    mask: Tensor | None,
+    document_ids: Tensor | None,
+    state: LaCTState | None,
+    adapt: bool,
+) -> _Chart:
+    """Cut rows `[B, T, ...]` into chunks; arguments as of `plan`."""
+    batch = like.shape[0]
+    before = Progress.of(state, like)
+    seen = before.tokens_seen > 0
+    before = Progress(*(torch.where(seen, x, 0) for x in before))
+    pending = 0 if state is None else size
+    grid, after = plan_grid(like, mask, document_ids, before, size, pending, lazy=True)
+    slot = grid.slot.view(batch, -1)
+    chunk, place = slot.div(batch * size, rounding_mode="floor"), slot % size
+    rows = _writing(grid, adapt)
+    closes = torch.cat([rows[1:], torch.zeros_like(rows[:1])])
+    is_written = (chunk >= 0) & closes.gather(0, chunk.mT.clamp(min=0)).mT
+    return _Chart(chunk, place, pending, is_written, rows, grid, seen, after)
+
+
 def _uneven(
     q: Tensor,
     size: int,
@@ -79,34 +132,65 @@ def _uneven(
     adapt: bool,
 ) -> Uneven:
     """The layout of any rows: the grid of what they hold and read, and what follows from it."""
-    batch, time = q.shape[:2]
-    before = Progress.of(state, q)
-    seen = before.tokens_seen > 0
-    before = Progress(*(torch.where(seen, x, 0) for x in before))
-    pending = 0 if state is None else size
-    grid, after = plan_grid(q, mask, document_ids, before, size, pending, lazy=True)
-    slot = grid.slot.view(batch, -1)
-    chunk, place = slot.div(batch * size, rounding_mode="floor"), slot % size
-    held = slot[:, :pending] >= 0
-    writing = _writing(grid, adapt)
+    chart = _chart(q, size, mask, document_ids, state, adapt)
+    held = chart.chunk[:, : chart.pending] >= 0
     if state is None and document_ids is None:
-        facts = _bounds(len(writing), size, time, adapt)
+        facts = _bounds(len(chart.rows), size, q.shape[1], adapt)
     else:
-        facts = _read_facts(grid, held.sum(1), writing, ~seen)
-    own_chunk, own_place = chunk[:, pending:], place[:, pending:]
+        facts = _read_facts(chart.grid, held.sum(1), chart.rows, ~chart.seen)
+    own_chunk, own_place = (x[:, chart.pending :] for x in (chart.chunk, chart.place))
     ahead = torch.where(own_chunk == 0, held.sum(1, keepdim=True), 0)
-    closes = torch.cat([writing[1:], torch.zeros_like(writing[:1])])
-    is_written = (chunk >= 0) & closes.gather(0, chunk.mT.clamp(min=0)).mT
-    updates = _updates(state, seen, writing, grid.restart)
+    reads = _slots(own_chunk, own_place - ahead, own_chunk >= 0, facts.widths)
+    widths = [size * some for some in facts.writes[1:]]
+    writes = _slots(chart.chunk, chart.place, chart.is_written, widths)
+    return _layout(chart, facts, reads, writes, slice(None), size, state)
+
+
+def _shared(
+    q: Tensor,
+    size: int,
+    mask: Tensor | None,
+    document_ids: Tensor | None,
+    state: LaCTState | None,
+    adapt: bool,
+    group: ProcessGroup,
+) -> Shared:
+    """The layout of a share of whole rows; mask and documents are those of the whole rows."""
+    batch, time = q.shape[:2]
+    whole = q.new_empty(batch, group.size() * time)
+    chart = _chart(whole, size, mask, document_ids, state, adapt)
+    held = (chart.chunk[:, : chart.pending] >= 0).sum(1)
+    facts = _read_facts(chart.grid, held, chart.rows, ~chart.seen)
+    writing = facts.writes[1:]
+    share = share_of(chart.chunk, chart.is_written, chart.pending, time, len(writing), group)
+    reads, writes = (_slots(chunk, place, chunk >= 0, widths) for chunk, place, widths in share)
+    own = own_part(time, group)
+    return Shared(_layout(chart, facts, reads, writes, own, size, state), writing, group)
+
+
+def _layout(
+    chart: _Chart,
+    facts: _Facts,
+    reads: Slots,
+    writes: Slots,
+    own: slice,
+    size: int,
+    state: LaCTState | None,
+) -> Uneven:
+    """The layout, in which the tokens that may become pending are those of `own`."""
+    grid, after = chart.grid, chart.after
     starts = [None] * len(facts.widths) if grid.restart is None else grid.restart.unbind(0)
+    own_chunk, own_place = (x[:, chart.pending :][:, own] for x in (chart.chunk, chart.place))
+    held = chart.chunk[:, : chart.pending] >= 0
+    updates = _updates(state, chart.seen, chart.rows, grid.restart)
     return Uneven(
-        reads=_slots(own_chunk, own_place - ahead, own_chunk >= 0, facts.widths),
-        writes=_slots(chunk, place, is_written, [size * some for some in facts.writes[1:]]),
-        rows=writing.unbind(0)[: len(facts.widths)],
+        reads=reads,
+        writes=writes,
+        rows=chart.rows.unbind(0)[: len(facts.widths)],
         restarts=[
             rows if some else None for rows, some in zip(starts, facts.restarts, strict=False)
         ],
-        fresh=~seen if facts.fresh else None,
+        fresh=~chart.seen if facts.fresh else None,
         place=own_place,
         waits=(own_chunk >= 0) & (own_chunk == grid.last.unsqueeze(1)),
         kept=held & (grid.last == 0).unsqueeze(1),
