@@ -96,6 +96,7 @@ class StreamLoader:
         self.sampler = sampler
         self.batch_sampler = None  # Lightning looks for shuffling in both
         self._position = 0
+        self._epoch = sampler.epoch  # of which that is the position
         self._resume: dict[str, int] | None = None
         self._loader = DataLoader(
             _Tagged(dataset),  # type: ignore[arg-type]  # a map-style dataset keyed by requests
@@ -131,7 +132,7 @@ class StreamLoader:
         Raises:
             ValueError: the state is of other rows.
         """
-        self._position = self._take_resume_position()
+        self._position, self._epoch = self._take_resume_position(), self.sampler.epoch
         self.sampler.start = self._position
         for batch in self._loader:
             self._position += 1
@@ -164,8 +165,15 @@ class StreamLoader:
         return {name: getattr(sampler, name) for name in ("batch_size", "tbptt", "world_size")}
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch, number of batches of it that were handed out, and of what rows they are made."""
-        return {"epoch": self.sampler.epoch, "position": self._position, **self._rows()}
+        """Epoch, number of batches of it that were handed out, and of what rows they are made.
+
+        Until the first batch after `load_state_dict` it is what was loaded, and until the first one
+        of an epoch none of that epoch has been handed out.
+        """
+        if self._resume is not None:
+            return dict(self._resume)
+        position = self._position if self._epoch == self.sampler.epoch else 0
+        return {"epoch": self.sampler.epoch, "position": position, **self._rows()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue behind the batches that were handed out when `state` was taken."""
