@@ -120,7 +120,11 @@ def _run(args: list[str] | None) -> None:
         trainer_defaults={
             # The stream sampler shards files by rank itself.
             "use_distributed_sampler": False,
-            "callbacks": [callbacks.FileBoundaryReset(), callbacks.StreamStateCheckpoint()],
+            "callbacks": [
+                callbacks.FileBoundaryReset(),
+                callbacks.StreamStateCheckpoint(),
+                callbacks.RunSummary(),
+            ],
         },
         parser_class=ConfigParser,
         args=args,

@@ -9,6 +9,7 @@ from callbacks.gates import GateMonitor
 from callbacks.position_loss import PositionLossMonitor
 from callbacks.prediction_writer import PredictionWriter
 from callbacks.router import RouterMonitor
+from callbacks.run_summary import RunSummary
 from callbacks.stream_checkpoint import StreamStateCheckpoint
 from callbacks.stream_memory import StreamMemoryFiles
 from callbacks.throughput import Throughput
@@ -23,6 +24,7 @@ __all__ = [
     "PositionLossMonitor",
     "PredictionWriter",
     "RouterMonitor",
+    "RunSummary",
     "StreamMemoryFiles",
     "StreamStateCheckpoint",
     "Throughput",

@@ -10,12 +10,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from callbacks.ema import EMA, shards_parameters
 from callbacks.episode_figures import animate_episodes, draw_paths
 from callbacks.logging import log_animation, log_figure, log_scalars
+from callbacks.success_figure import Evaluation, draw_trajectory
 from callbacks.throughput import Throughput
 from datamodules.mazes import Wall, walls_of
 from datamodules.rollout import RolloutResult, rollout
@@ -32,8 +34,9 @@ class ClosedLoopEvaluation(Callback):
 
     The rate comes with its 95 % Wilson interval as `closed_loop/success`, `success_low`,
     `success_high`, beside `closed_loop/episode_length` (mean control steps); TensorBoard gets the
-    paths of all episodes (after training and after `test` also an animation of the first nine),
-    and one line goes to the terminal. `closed_loop/success` can be the `monitor` of a
+    paths of all episodes (after training and after `test` also an animation of the first nine) and
+    the success rate of all evaluations of the run, before it was interrupted, too. One line goes to
+    the terminal. `closed_loop/success` can be the `monitor` of a
     ModelCheckpoint. Training goes on as if nothing had happened: random states, modes and fast
     state are put back. With the EMA callback the averaged weights are evaluated.
 
@@ -75,7 +78,18 @@ class ClosedLoopEvaluation(Callback):
         self.seed = seed
         self.simulation = simulation
         self._evaluated = 0
+        self._trajectory: list[Evaluation] = []
         self._walls: tuple[Wall, ...] = ()
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(simulation=self.simulation)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"trajectory": [tuple(evaluation) for evaluation in self._trajectory]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._trajectory = [Evaluation(*numbers) for numbers in state_dict["trajectory"]]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage not in ("fit", "test"):
@@ -94,6 +108,8 @@ class ClosedLoopEvaluation(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._check(trainer, pl_module)
         self._evaluated = trainer.global_step
+        if trainer.global_step == 0:
+            self._trajectory = []
         if self.at_start and trainer.global_step == 0:
             self.evaluate(trainer, pl_module, "before training")
 
@@ -137,6 +153,8 @@ class ClosedLoopEvaluation(Callback):
             log_scalars(trainer, scalars, trainer.global_step)
             figure = draw_paths(result, simulation.name, self._walls)
             log_figure(trainer, "closed_loop/paths", figure, trainer.global_step)
+            if trainer.state.fn == TrainerFn.FITTING:
+                self._draw_trajectory(trainer, simulation, scalars)
             if last:
                 self._animate(trainer, result, simulation)
             pl_module.print(_line(scalars, len(result.successes), moment))
@@ -172,6 +190,19 @@ class ClosedLoopEvaluation(Callback):
             goal_visible_steps=_goal_visible_steps(trainer),
         )
         log_animation(trainer, "closed_loop/episodes", gif, trainer.global_step)
+
+    def _draw_trajectory(
+        self, trainer: pl.Trainer, simulation: Simulation, scalars: dict[str, float]
+    ) -> None:
+        rates = (
+            scalars[f"closed_loop/{name}"] for name in ("success", "success_low", "success_high")
+        )
+        # The last step may be evaluated twice, as one of every n and after training.
+        earlier = [point for point in self._trajectory if point.step < trainer.global_step]
+        self._trajectory = [*earlier, Evaluation(trainer.global_step, *rates)]
+        title = f"{simulation.name}, {self.episodes} episodes each"
+        figure = draw_trajectory(self._trajectory, title)
+        log_figure(trainer, "closed_loop/trajectory", figure, trainer.global_step)
 
     def _simulation(self, trainer: pl.Trainer) -> Simulation:
         datamodule = getattr(trainer, "datamodule", None)

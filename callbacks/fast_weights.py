@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning.pytorch as pl
 from torch import Tensor
 
-from callbacks.logging import heat_map, log_figure
+from callbacks.logging import heat_map, log_figure, row_figure
 from callbacks.monitor import Monitor, ObservedChunk, SlotResult, layer_tags, slot_scalars
 from callbacks.statistics import (
     BinnedMean,
@@ -19,6 +19,9 @@ from callbacks.statistics import (
     row_means,
 )
 from lightning_modules.streams import NO_STREAM, StreamPlan
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CHUNK_BINS = 16
 CHUNK_FIGURE = "state_norm by chunk"
@@ -33,7 +36,8 @@ class FastWeightMonitor(Monitor):
     `inner_loss_before` and `inner_loss_after`, the objective that is optimised, per token, before
     and after the call's update: 1/2 || LN(f(k)) - (v - k) ||^2 for TTT, -<f(k), v> for LaCT. One
     tag without a layer, of all steps: `fast_weight/reset_share`, the share of rows that began a
-    file. A heat map shows the state's norm by chunk index in the file.
+    file. A heat map shows the norm by chunk index in the file, and a figure the inner loss of
+    every layer before and after the last flush's update.
 
     NaN or Inf in a state stops the run at the next flush and names layer, row, stream and step.
 
@@ -54,6 +58,11 @@ class FastWeightMonitor(Monitor):
         for plan in pl_module.streams.plans:
             share.update(*_resets(plan))
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._inner_losses: dict[str, dict[str, float]] = {}
+        self._inner_step = 0
 
     def observe(self, chunk: ObservedChunk) -> None:
         self._observe_norms(chunk)
@@ -100,18 +109,58 @@ class FastWeightMonitor(Monitor):
                 )
             else:
                 scalars |= slot_scalars(result, ["mean"], partial(_tag, name))
+                if name.startswith("inner_loss"):
+                    self._keep(name, result, step)
         if "relative_change" in results:
             largest = partial(_tag, "relative_change_max")
             scalars |= slot_scalars(results["relative_change"], ["max"], largest)
         return scalars
 
+    def _keep(self, name: str, result: SlotResult, step: int) -> None:
+        """For the figure; the remainder at the end of a run has no inner losses."""
+        losses = slot_scalars(result, ["mean"], lambda key, layer: layer)
+        if losses:
+            self._inner_losses[name.removeprefix("inner_loss_")] = losses
+            self._inner_step = step
+
+    def draw(self, trainer: pl.Trainer, step: int) -> None:
+        if self._inner_losses:
+            figure = draw_inner_losses(**self._inner_losses, step=self._inner_step)
+            log_figure(trainer, "fast_weight/inner_loss/by_layer", figure, step)
+
     @staticmethod
     def _draw(result: SlotResult, trainer: pl.Trainer, step: int) -> None:
         columns = [*map(str, range(CHUNK_BINS - 1)), f"{CHUNK_BINS - 1}+"]
         figure = heat_map(
-            result.values["mean"], layer_tags(result.slots), columns, "chunk in the file", "|dW|"
+            result.values["mean"],
+            layer_tags(result.slots),
+            columns,
+            "chunk in the file",
+            "size of the state, |dW|",
         )
         log_figure(trainer, "fast_weight/state_norm/by_chunk", figure, step)
+
+
+def draw_inner_losses(before: Mapping[str, float], after: Mapping[str, float], step: int) -> Figure:
+    """Every layer's inner loss before and after the call's update, joined by a line.
+
+    Args:
+        before: by layer.
+        after: by layer; green where it is lower, red where it is not.
+        step: for the title.
+    """
+    layers = list(before)
+    title = f"inner loss per token at step {step}: before (o) and after the update"
+    figure, axes = row_figure(layers, title, width=6)
+    for row, layer in enumerate(layers):
+        color = "tab:green" if after[layer] < before[layer] else "tab:red"
+        axes.plot([before[layer], after[layer]], [row, row], color=color)
+        axes.plot(before[layer], row, "o", color="0.5", fillstyle="none")
+        axes.plot(after[layer], row, "D", color=color, markersize=5)
+    axes.set_ylim(len(layers) - 0.5, -0.5)
+    axes.set_xlabel("inner loss (green: the update lowers it, red: it does not)")
+    axes.grid(axis="x", alpha=0.3)
+    return figure
 
 
 def _resets(plan: StreamPlan) -> tuple[int, int]:

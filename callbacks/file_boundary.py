@@ -7,6 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from callbacks.logging import log_scalars
+
 
 class FileBoundaryReset(Callback):
     """Drive `pl_module.streams`: one `begin_step` before and one `commit` after every step.
@@ -37,9 +39,8 @@ class FileBoundaryReset(Callback):
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.global_step % every == 0:
             counts = pl_module.streams.counts("train")._asdict()
-            metrics = {f"streams/{name}": float(count) for name, count in counts.items()}
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.global_step)
+            scalars = {f"streams/{name}": float(count) for name, count in counts.items()}
+            log_scalars(trainer, scalars, trainer.global_step)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         pl_module.streams.clear("validate")

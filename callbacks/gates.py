@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import numpy as np
 from torch import Tensor
 
+from callbacks.history import History
 from callbacks.logging import heat_map, log_figure, log_histogram
 from callbacks.monitor import Monitor, ObservedChunk, SlotResult, layer_tags, slot_scalars
 from callbacks.statistics import (
@@ -33,7 +34,8 @@ class GateMonitor(Monitor):
     parameter): `gate/ttt/mean/layer_03`, `std`, `min`, `max`, and `saturation`, the share of
     entries with |gate| > 0.99. The ratio |gate * branch| / |residual| of each row gives
     `gate/ratio_ttt/mean/layer_03`, `std`, `min`, `max`. TensorBoard also gets a histogram of the
-    last step's gates, and heat maps of layer by flow-matching time (10 bins) where there is one.
+    last step's gates, and heat maps of the means, layer by step and (where there is one) layer by
+    flow-matching time in 10 bins.
 
     Args:
         every_n_steps: optimizer steps between two flushes.
@@ -42,6 +44,10 @@ class GateMonitor(Monitor):
     """
 
     topics: ClassVar[frozenset[str]] = frozenset({"gate"})
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._history = History()
 
     def observe(self, chunk: ObservedChunk) -> None:
         _, times = chunk.values("gate", "time")
@@ -93,13 +99,24 @@ class GateMonitor(Monitor):
                     layer_tags(result.slots),
                     [f"{i / TIME_BINS:.1f}" for i in range(TIME_BINS)],
                     "flow-matching time (left edge of bin)",
-                    f"mean {quantity}",
+                    f"mean {_in_words(quantity)}",
                 )
                 log_figure(trainer, f"gate/{quantity}/by_time", figure, step)
             else:
                 keys = [key for key in result.values if key != "count"]
+                means = slot_scalars(result, ["mean"], lambda _, layer: layer)
+                self._history.add(quantity, step, means)
                 scalars |= slot_scalars(result, keys, partial(_tag, quantity))
         return scalars
+
+    def draw(self, trainer: pl.Trainer, step: int) -> None:
+        for quantity in self._history.quantities:
+            figure = heat_map(
+                *self._history.table(quantity),
+                "step",
+                f"mean {_in_words(quantity)} since the start",
+            )
+            log_figure(trainer, f"gate/{quantity}/by_step", figure, step)
 
     @staticmethod
     def _write_histograms(
@@ -110,6 +127,12 @@ class GateMonitor(Monitor):
             counts = result.values["counts"][slot]
             if counts.sum() > 0:
                 log_histogram(trainer, _tag(quantity, "histogram", tag), counts, edges, step)
+
+
+def _in_words(quantity: str) -> str:
+    """`gate ttt`; of a ratio what it is the ratio of."""
+    name = quantity.removeprefix("ratio_")
+    return f"gate {name}" if name == quantity else f"|{name} branch| / |residual stream|"
 
 
 def _tag(quantity: str, key: str, layer: str) -> str:

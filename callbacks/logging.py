@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -10,25 +11,66 @@ import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+
+from callbacks.tags import Charts, describe
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
 MAX_TICKS = 32
 
 
+class ScalarListener(ABC):
+    """A callback that is told of every scalar that callbacks write."""
+
+    @abstractmethod
+    def on_scalars(self, scalars: Mapping[str, float]) -> None:
+        """Called on the first process, before the scalars are written."""
+
+
 def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float], step: int) -> None:
-    """Write Python floats to every logger; on the first process only."""
-    if trainer.is_global_zero and scalars:
-        for logger in trainer.loggers:
+    """Write Python floats to every logger; on the first process only.
+
+    TensorBoard also gets what each of them means.
+    """
+    if not (trainer.is_global_zero and scalars):
+        return
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ScalarListener):
+            callback.on_scalars(scalars)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            # SummaryWriter.add_scalar takes no description.
+            summary = Summary(value=[_described(*item) for item in scalars.items()])
+            logger.experiment._get_file_writer().add_summary(summary, step)
+        else:
             logger.log_metrics(dict(scalars), step=step)
+
+
+def _described(tag: str, value: float) -> Summary.Value:
+    plugin = SummaryMetadata.PluginData(plugin_name="scalars")
+    metadata = SummaryMetadata(plugin_data=plugin, summary_description=describe(tag))
+    return Summary.Value(tag=tag, simple_value=value, metadata=metadata)
+
+
+def log_text(trainer: pl.Trainer, tag: str, markdown: str, step: int) -> None:
+    """Write a page of Markdown to every TensorBoard logger."""
+    for writer in tensorboards(trainer):
+        writer.add_text(tag, markdown, step)
+
+
+def log_layout(trainer: pl.Trainer, charts: Charts) -> None:
+    """Tell every TensorBoard logger which curves its custom-scalars tab shows together."""
+    for writer in tensorboards(trainer):
+        writer.add_custom_scalars(charts)
 
 
 def log_figure(trainer: pl.Trainer, tag: str, figure: Figure, step: int) -> None:
     """Write a figure to every TensorBoard logger."""
-    for writer in _tensorboards(trainer):
+    for writer in tensorboards(trainer):
         writer.add_figure(tag, figure, step)
 
 
@@ -37,7 +79,7 @@ def log_animation(trainer: pl.Trainer, tag: str, gif: bytes, step: int) -> None:
     width, height = Image.open(io.BytesIO(gif)).size
     image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=gif)
     summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-    for writer in _tensorboards(trainer):
+    for writer in tensorboards(trainer):
         # As SummaryWriter.add_video, which would encode the frames with moviepy: no public method
         # takes an encoded animation, and `file_writer` is None after an earlier run was closed.
         writer._get_file_writer().add_summary(summary, step)
@@ -56,7 +98,7 @@ def log_histogram(
         step: optimizer step.
     """
     centers = (edges[:-1] + edges[1:]) / 2
-    for writer in _tensorboards(trainer):
+    for writer in tensorboards(trainer):
         writer.add_histogram_raw(
             tag,
             min=float(edges[0]),
@@ -77,25 +119,41 @@ def heat_map(
 
     Of more than `MAX_TICKS` columns only some are named, and they share the width of that many.
     """
-    from matplotlib.figure import Figure
-
-    width, height = 2.5 + 0.5 * min(len(columns), MAX_TICKS), 1.3 + 0.3 * len(rows)
-    figure = Figure(figsize=(width, height), dpi=80)
-    figure.subplots_adjust(
-        left=1.2 / width, right=1 - 0.1 / width, bottom=0.8 / height, top=1 - 0.4 / height
-    )
-    axes = figure.add_subplot()
+    figure, axes = row_figure(rows, title, width=1.2 + 0.5 * min(len(columns), MAX_TICKS))
     image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", cmap="viridis")
     step = -(-len(columns) // MAX_TICKS)
     axes.set_xticks(range(0, len(columns), step), columns[::step], rotation=45)
-    axes.set_yticks(range(len(rows)), rows)
     axes.set_xlabel(column_name)
-    axes.set_title(title)
     figure.colorbar(image)
     return figure
 
 
-def _tensorboards(trainer: pl.Trainer) -> Iterator[SummaryWriter]:
+def row_figure(rows: Sequence[str], title: str, width: float) -> tuple[Figure, Axes]:
+    """A figure with one named row per entry, the first on top, that has room for all of them.
+
+    Args:
+        rows: their names.
+        title: of the figure.
+        width: of what is right of the names, in inches.
+    """
+    from matplotlib.figure import Figure
+
+    pitch = min(0.3, max(0.12, 14 / len(rows)))
+    left, bottom, top = 0.4 + 0.085 * max(map(len, rows)), 0.8, 0.4
+    # The title may be wider than a figure of few columns.
+    width, height = left + max(width, 0.1 * len(title)), bottom + top + pitch * max(2, len(rows))
+    figure = Figure(figsize=(width, height), dpi=80)
+    figure.subplots_adjust(
+        left=left / width, right=1 - 0.1 / width, bottom=bottom / height, top=1 - top / height
+    )
+    axes = figure.add_subplot()
+    axes.set_yticks(range(len(rows)), rows, fontsize=min(10, 40 * pitch))
+    axes.set_title(title)
+    return figure, axes
+
+
+def tensorboards(trainer: pl.Trainer) -> Iterator[SummaryWriter]:
+    """Writers of the TensorBoard loggers; on the first process only."""
     if trainer.is_global_zero:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

@@ -146,6 +146,9 @@ class Monitor(Callback):
         those of layers that no longer publish when adapters were switched.
         """
 
+    def draw(self, trainer: pl.Trainer, step: int) -> None:
+        """Draw what was gathered from several flushes; called behind `write` when it is due."""
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._entries, self._closed = {}, []
         self._flushed = self._drawn = trainer.global_step
@@ -234,7 +237,9 @@ class Monitor(Callback):
         if not entries:
             return
         self._write(entries, trainer, step)
-        self._drawn = step if draw else self._drawn
+        if draw:
+            self.draw(trainer, step)
+            self._drawn = step
         for entry in entries.values():
             entry.metric.reset()
 
@@ -308,12 +313,21 @@ def layer_tag(slot: str) -> str:
 
 
 def layer_tags(slots: Sequence[str]) -> list[str]:
-    """One tag per slot, all different: where slots share a layer, their paths are appended."""
+    """One tag per slot, all different: slots that share a layer say where in it they are."""
     tags = [layer_tag(slot) for slot in slots]
-    return [
-        tag if tags.count(tag) == 1 else f"{tag}/{slot}"
+    inner = [
+        tag if tags.count(tag) == 1 else f"{tag}/{_within_layer(slot)}"
         for tag, slot in zip(tags, slots, strict=True)
     ]
+    return [
+        tag if inner.count(tag) == 1 else f"{layer_tag(slot)}/{slot}"
+        for tag, slot in zip(inner, slots, strict=True)
+    ]
+
+
+def _within_layer(slot: str) -> str:
+    """`mlp.down_proj` of `model.layers.3.mlp.down_proj`: what comes behind the layer's number."""
+    return re.split(r"(?:^|\.)\d+\.", slot, maxsplit=1)[-1]
 
 
 def slot_scalars(

@@ -19,9 +19,10 @@ from lightning_modules.streams import NO_STREAM, StreamPlan
 
 @dataclass
 class _Window:
-    """What happened since the last flush, in this process."""
+    """What happened since the last flush, in this process; `waited`: for data until then."""
 
     start: float
+    waited: float | None
     batches: int = 0
     samples: int = 0
     tokens: int = 0
@@ -29,13 +30,14 @@ class _Window:
 
 
 class Throughput(Callback):
-    """Write `throughput/samples_per_sec`, `tokens_per_sec`, `batches_per_sec` and `mfu`.
+    """Write `throughput/samples_per_sec`, `tokens_per_sec`, `batches_per_sec`, `mfu`, `data_wait`.
 
     A sample is a chunk of a row that has a file; a token is an input token or an action step of
     it. The rates are of all processes together, over the steps since the last flush, without the
     time spent in validation and in closed-loop evaluation, and without the first step. The share
     of the peak that is used (model FLOPs utilisation) needs the module's `flops_per_batch`
-    (forward and backward of one batch) and a device whose peak is known.
+    (forward and backward of one batch) and a device whose peak is known. `data_wait` is the share
+    of the time in which this process waited for its loader: near 1, the data is the bottleneck.
 
     Lightning's own ThroughputMonitor waits for the device after every batch; this one does at
     flushes.
@@ -69,7 +71,7 @@ class Throughput(Callback):
         window = self._window
         if window is None:  # the first step compiles and allocates
             _wait(trainer)
-            self._window = _Window(time.perf_counter())
+            self._window = _Window(time.perf_counter(), _waited(trainer))
             return
         window.batches += 1
         window.flops += getattr(pl_module, "flops_per_batch", None) or 0.0
@@ -109,9 +111,12 @@ class Throughput(Callback):
     def _flush(self, trainer: pl.Trainer, window: _Window) -> None:
         _wait(trainer)
         now = time.perf_counter()
-        scalars = rates(window, now - window.start, trainer.world_size, self.peak_flops)
+        seconds, waited = now - window.start, _waited(trainer)
+        scalars = rates(window, seconds, trainer.world_size, self.peak_flops)
+        if waited is not None and window.waited is not None:
+            scalars["throughput/data_wait"] = (waited - window.waited) / seconds
         log_scalars(trainer, scalars, trainer.global_step)
-        self._window = _Window(now)
+        self._window = _Window(now, waited)
         self._flushed = trainer.global_step
 
 
@@ -134,6 +139,11 @@ def rates(
     if window.flops and peak_flops:
         scalars["throughput/mfu"] = window.flops / seconds / peak_flops
     return scalars
+
+
+def _waited(trainer: pl.Trainer) -> float | None:
+    """Seconds that the training loader has been waited for; None if it does not tell."""
+    return getattr(trainer.train_dataloader, "waited", None)
 
 
 def _wait(trainer: pl.Trainer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -82,6 +83,9 @@ class StreamLoader:
         constants: plain values that every chunk carries beside its tensors.
         num_workers: processes that read ahead; what they read does not change with their number.
         pin_memory: page-locked batches, for faster copies to a GPU.
+
+    Attributes:
+        waited: seconds that its user has waited for batches so far.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class StreamLoader:
     ) -> None:
         self.sampler = sampler
         self.batch_sampler = None  # Lightning looks for shuffling in both
+        self.waited = 0.0
         self._position = 0
         self._epoch = sampler.epoch  # of which that is the position
         self._resume: dict[str, int] | None = None
@@ -134,9 +139,12 @@ class StreamLoader:
         """
         self._position, self._epoch = self._take_resume_position(), self.sampler.epoch
         self.sampler.start = self._position
+        begin = time.perf_counter()
         for batch in self._loader:
+            self.waited += time.perf_counter() - begin
             self._position += 1
             yield batch
+            begin = time.perf_counter()
 
     def _take_resume_position(self) -> int:
         resume, self._resume = self._resume, None

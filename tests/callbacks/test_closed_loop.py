@@ -23,6 +23,7 @@ from toy_streams import ToyModule, fit, read_tensorboard, same, scalar, toy_batc
 import callbacks.closed_loop
 from callbacks import EMA, ClosedLoopEvaluation
 from callbacks.closed_loop import wilson_interval
+from callbacks.success_figure import Evaluation, draw_trajectory
 from datamodules.simulations import Simulation, episode_seed
 from lightning_modules.streams import FastState
 
@@ -287,6 +288,52 @@ def test_a_resumed_run_is_not_evaluated_before_training(
     assert "before training" in capsys.readouterr().out
     run(tmp_path / "rest", evaluation, ckpt_path=str(tmp_path / "step=4.ckpt"), max_epochs=2)
     assert "before training" not in capsys.readouterr().out
+
+
+def test_the_trajectory_holds_every_evaluation_with_its_interval_and_goes_on_after_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[Evaluation]] = []
+    draw = callbacks.closed_loop.draw_trajectory
+    monkeypatch.setattr(
+        callbacks.closed_loop, "draw_trajectory",
+        lambda points, title: drawn.append(list(points)) or draw(points, title),
+    )  # fmt: skip
+    checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+    options: dict[str, Any] = {"episodes": 3, "every_n_steps": 2}
+    run(tmp_path, ClosedLoopEvaluation(**options), checkpoint, enable_checkpointing=True)
+    assert [[point.step for point in points] for points in drawn] == [[0], [0, 2], [0, 2, 4]] + [
+        [0, 2, 4]  # after training, in place of that at step 4
+    ]
+    solved = round(3 * drawn[0][0].success)
+    assert drawn[0][0][2:] == wilson_interval(solved, 3)
+    images = read_tensorboard(tmp_path).Images("closed_loop/trajectory")
+    assert [image.step for image in images] == [0, 2, 4, 4]
+    drawn.clear()
+    run(
+        tmp_path / "rest", ClosedLoopEvaluation(**options),
+        ckpt_path=str(tmp_path / "step=4.ckpt"), max_epochs=2,
+    )  # fmt: skip
+    assert [point.step for point in drawn[-1]] == [0, 2, 4, 6, 8]
+
+
+def test_a_test_run_is_no_point_of_the_trajectory(tmp_path: Path) -> None:
+    evaluation = ClosedLoopEvaluation(episodes=2)
+    module, trainer = run(tmp_path, evaluation)
+    trainer.test(module, datamodule=ToyData(), verbose=False)
+    assert [
+        image.step for image in read_tensorboard(tmp_path).Images("closed_loop/trajectory")
+    ] == [0, 4]
+
+
+def test_the_trajectory_draws_rates_and_bands_at_their_steps() -> None:
+    points = [Evaluation(0, 0.1, 0.0, 0.3), Evaluation(50, 0.8, 0.6, 0.9)]
+    axes = draw_trajectory(points, "Toy").axes[0]
+    line = axes.lines[0]
+    assert line.get_xdata().tolist() == [0, 50] and line.get_ydata().tolist() == [0.1, 0.8]
+    band = axes.collections[0].get_paths()[0].vertices
+    assert {(0, 0.0), (0, 0.3), (50, 0.6), (50, 0.9)} <= {(x, y) for x, y in band.tolist()}
+    assert (axes.get_xlabel(), axes.get_title()) == ("step", "Toy")
 
 
 def test_model_checkpoint_can_keep_the_most_successful(tmp_path: Path) -> None:

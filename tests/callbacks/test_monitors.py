@@ -194,7 +194,10 @@ def test_layer_tags_by_hand() -> None:
     assert layer_tag("model.model.dit.layers.12.self_attn") == "layer_12"
     assert layer_tag("ttt") == "ttt"
     assert layer_tags(["a.layers.3.q", "a.layers.3.k", "a.layers.4.q"]) == [
-        "layer_03/a.layers.3.q", "layer_03/a.layers.3.k", "layer_04",
+        "layer_03/q", "layer_03/k", "layer_04",
+    ]  # fmt: skip
+    assert layer_tags(["a.layers.3.q", "b.layers.3.q", "b.layers.3.k"]) == [
+        "layer_03/a.layers.3.q", "layer_03/b.layers.3.q", "layer_03/k",
     ]  # fmt: skip
 
 
@@ -235,5 +238,8 @@ def test_tensorboard_has_these_tags(tmp_path: Path) -> None:
     assert set(tags["histograms"]) == {
         f"gate/{gate}/histogram/layer_00" for gate in ("attn", "ttt", "alpha")
     }
-    by_time = {f"gate/{name}/by_time" for name in ("attn", "ttt", "ratio_attn", "ratio_ttt")}
-    assert set(tags["images"]) == by_time | {"fast_weight/state_norm/by_chunk"}
+    of_calls = ("attn", "ttt", "ratio_attn", "ratio_ttt")
+    by_time = {f"gate/{name}/by_time" for name in of_calls}
+    by_step = {f"gate/{name}/by_step" for name in ("alpha", *of_calls)}
+    fast = {"fast_weight/state_norm/by_chunk", "fast_weight/inner_loss/by_layer"}
+    assert set(tags["images"]) == by_time | by_step | fast

@@ -53,12 +53,31 @@ def test_rates_equal_counts_by_hand_without_first_step_and_pauses(
     assert scalar(events, "throughput/mfu")[6] == pytest.approx(2e5 / 1e6)
 
 
+def test_data_wait_is_the_loaders_share_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    throughput = Throughput(every_n_steps=3)
+    clock = Clock(throughput, monkeypatch)
+
+    class Waits(pl.Callback):
+        """Of the 0.5 s of every step, 0.2 s are waited for data."""
+
+        def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+            loader = trainer.train_dataloader
+            loader.waited = getattr(loader, "waited", 0.0) + 0.2
+
+    fit(ToyModule(), toy_batches(7), tmp_path, [clock, Waits(), throughput])
+    written = scalar(read_tensorboard(tmp_path), "throughput/data_wait")
+    assert written == {step: pytest.approx(0.4) for step in (3, 6, 7)}
+
+
 def test_no_mfu_where_the_peak_or_the_flops_are_unknown(tmp_path: Path) -> None:
     fit(ToyModule(), toy_batches(3), tmp_path, [Throughput(every_n_steps=2)])
     tags = read_tensorboard(tmp_path).Tags()["scalars"]
     assert "throughput/samples_per_sec" in tags
     assert "throughput/mfu" not in tags
     assert "throughput/tokens_per_sec" not in tags
+    assert "throughput/data_wait" not in tags  # a loader that does not tell
 
 
 def test_count_leaves_out_rows_without_a_file() -> None:
