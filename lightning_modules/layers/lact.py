@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_modules.layers.lact_options import LaCTLayerConfig
 from lightning_modules.layers.lact_statistics import TOPICS, InnerProblem, publish_statistics
+from lightning_modules.layers.reached import reached
 from lightning_modules.layers.rope import document_positions, rotary_table, rotate_halves
 from lightning_modules.layers.window_attention import (
     WindowPlan,
@@ -235,6 +236,7 @@ class LaCTLayer(FastNetworks):
             rates = self._rates(x, write_mask, write_weight)
             problem = self._inner_problem(x, q, k, v, rates, table, mask, document_ids)
             read, after = self._remember(problem, memory, fast_state)
+            read = reached(read, problem.lr, problem.momentum)
             if fast_state is not None and any(map(fast_state.listens, TOPICS)):
                 publish_statistics(self, fast_state, slot, problem, memory, after)
             memory = after

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from lact_module_cases import adamw
+from lightning.pytorch.strategies import ModelParallelStrategy
 from process_cases import (
     CLIP,
+    STOP,
     TRAINER,
     BothRanks,
     adapted,
@@ -31,7 +33,6 @@ from two_processes import in_two_processes
 from variant_cases import VARIANTS, Interrupted, SaveAndStop, every_variant
 
 from callbacks import EMA
-from lightning_modules.distributed import strategy as strategies
 from lightning_modules.distributed.consolidate import consolidate
 from lightning_modules.distributed.strategy import FSDP2Strategy
 from lightning_modules.models.adapter_files import load_adapters
@@ -105,18 +106,18 @@ def errors(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     attempt("unmarked", ValueError, ckpt_path=folder / "unmarked.ckpt")
     attempt("nothing", FileNotFoundError, ckpt_path=folder / "nothing.ckpt")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(strategies, "publish", lost)
+        save = ModelParallelStrategy.save_checkpoint
+
+        def lost(*given: Any) -> None:
+            """The processes are lost when all is written but the mark."""
+            save(*given)
+            raise Interrupted
+
+        patch.setattr(ModelParallelStrategy, "save_checkpoint", lost)
         data = VARIANTS["lact"].data(folder / "lact", **DATA)
-        again = {**options, "steps": 2}
-        stop_at_once = make_double("lact")
         with pytest.raises(Interrupted):
-            run(stop_at_once, data, folder, SaveAndStop(1, folder / "lact.ckpt"), **again)
+            run(make_double("lact"), data, folder, SaveAndStop(1, folder / "lact.ckpt"), **options)
     return messages
-
-
-def lost(folder: Path) -> None:
-    """The process is lost when all is written but the mark."""
-    raise Interrupted
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +206,13 @@ def test_gradients_of_the_first_chunk_count(folder: Path) -> None:
     """Power: with one chunk in a step, another loss."""
     with pytest.raises(AssertionError):
         assert_equal_to_one(saved(folder, "lact"), one_process("lact", folder / "lact"))
+
+
+def test_interrupted_before_the_mark_the_old_checkpoint_is_there(folder: Path) -> None:
+    """Its third step, not the first one of the save that was lost, which lies beside it."""
+    assert (folder / ".lact.ckpt.part").exists()
+    file = consolidate(folder / "lact.ckpt", folder / "lact_file.ckpt")
+    assert torch.load(file, weights_only=True)["global_step"] == STOP
 
 
 def test_errors_name_the_cause_and_the_fix(folder: Path) -> None:

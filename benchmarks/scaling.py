@@ -1,0 +1,191 @@
+"""Weak scaling: every variant under DDP and FSDP2, on 1, 2 and 4 GPUs of one machine.
+
+    python benchmarks/scaling.py --out scaling.md            # on a machine with GPUs
+    python benchmarks/scaling.py --tiny                      # two processes on a CPU, minutes
+
+Every process reads rows of its own, so that twice the processes train twice the tokens (a token of
+the action expert is an action). A cell is a run of Lightning's Trainer in processes of its own:
+forward, backward, AdamW, the callbacks of `cli.py`, bf16-mixed (float32 on a CPU), random data from
+memory, carried state. Step times are of device events, without the first `--warmup` steps: their
+median, 10th and 90th percentile. Efficiency is tokens per second over n times those of one process
+of the same strategy. Peak memory is of the first process. Pretrained models have random weights;
+adapters alone are trained in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from scaling_cases import FULL, TINY, VARIANTS, Size, make_batch, save_base
+from training_runs import machine, write_json
+
+from callbacks import FileBoundaryReset, StreamStateCheckpoint
+
+STRATEGIES = ("ddp", "fsdp2")
+COLUMNS = "variant | strategy | processes | step ms [p10, p90] | tokens/s | efficiency | peak GiB"
+
+
+class Batches:
+    """So many random batches of one file per row, in memory."""
+
+    def __init__(self, variant: str, size: Size, steps: int, rank: int) -> None:
+        self.batches = [make_batch(variant, size, step, rank) for step in range(steps)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        return iter(self.batches)
+
+
+class Data(pl.LightningDataModule):
+    """What a variant takes its sizes from, and its batches."""
+
+    def __init__(self, variant: str, size: Size, steps: int) -> None:
+        super().__init__()
+        self.variant, self.size, self.steps = variant, size, steps
+        self.features = VARIANTS[variant].features(size)
+        self.statistics = None
+
+    def train_dataloader(self) -> Batches:
+        return Batches(self.variant, self.size, self.steps, self.trainer.global_rank)
+
+
+class Clock(pl.Callback):
+    """When each step has ended, by the device's clock; nothing waits before the last one."""
+
+    def __init__(self) -> None:
+        self.ends: list[Any] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.strategy.root_device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.ends.append(event)
+        else:
+            self.ends.append(time.perf_counter())
+
+    def milliseconds(self, warmup: int) -> list[float]:
+        """Time of every step behind the warm-up."""
+        ends = self.ends[warmup - 1 :]
+        if isinstance(ends[0], float):
+            return [1e3 * (b - a) for a, b in pairwise(ends)]
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) for a, b in pairwise(ends)]
+
+
+def run_cell(options: argparse.Namespace) -> None:
+    """One cell, in as many processes as it has: this one starts the others."""
+    variant, strategy, processes = options.cell[0], options.cell[1], int(options.cell[2])
+    size = TINY if options.tiny else FULL
+    cuda = torch.cuda.is_available() and not options.tiny
+    torch.manual_seed(0)
+    clock, steps = Clock(), options.warmup + options.repeats
+    trainer = pl.Trainer(
+        accelerator="gpu" if cuda else "cpu",
+        devices=processes,
+        strategy=strategy,
+        precision="bf16-mixed" if cuda else "32-true",
+        max_steps=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[FileBoundaryReset(), StreamStateCheckpoint(), clock],
+    )
+    module = VARIANTS[variant].module(size, options.base)
+    trainer.fit(module, Data(variant, size, steps))
+    if trainer.is_global_zero:
+        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+        result = {
+            "milliseconds": clock.milliseconds(options.warmup),
+            "tokens": processes * size.rows * VARIANTS[variant].tokens(size),
+            "peak": peak,
+        }
+        write_json(options.result, result)
+
+
+def measure(options: argparse.Namespace, folder: Path) -> Iterator[str]:
+    """Lines of the table, one for every cell; a cell that fails says so and ends nothing."""
+    base = save_base(TINY if options.tiny else FULL, folder)
+    for variant in options.variants:
+        for strategy in STRATEGIES:
+            alone = None
+            for processes in options.processes:
+                result = folder / f"{variant}_{strategy}_{processes}.json"
+                command = [sys.executable, __file__, "--cell", variant, strategy, str(processes)]
+                command += ["--result", str(result), "--base", str(base)]
+                command += ["--repeats", str(options.repeats), "--warmup", str(options.warmup)]
+                command += ["--tiny"] if options.tiny else []
+                done = subprocess.run(command, capture_output=True, text=True)
+                name = f"| {variant} | {strategy} | {processes} |"
+                if done.returncode or not result.exists():
+                    reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                    yield f"{name} failed: {reason} | | | |"
+                    continue
+                cell = json.loads(result.read_text())
+                speed = cell["tokens"] / statistics.median(cell["milliseconds"]) * 1e3
+                alone = speed if processes == 1 else alone
+                share = "" if alone is None else f"{speed / (processes * alone):.1%}"
+                yield f"{name} {times(cell['milliseconds'])} | {speed:,.0f} | {share} | " + (
+                    f"{cell['peak']:.2f} |"
+                )
+
+
+def times(milliseconds: list[float]) -> str:
+    """Median and spread."""
+    low, *_, high = statistics.quantiles(milliseconds, n=10)
+    return f"{statistics.median(milliseconds):.1f} [{low:.1f}, {high:.1f}]"
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tiny", action="store_true", help="small models on the CPU")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--processes", nargs="+", type=int, help="default: 1 2 4; tiny: 1 2")
+    parser.add_argument("--repeats", type=int, default=30, help="steps that are timed")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before, at least 1")
+    parser.add_argument("--out", type=Path, help="file to write")
+    parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.processes = options.processes or ([1, 2] if options.tiny else [1, 2, 4])
+    return options
+
+
+def main() -> None:
+    """Measure all cells, print the table, and write it after every cell."""
+    options = arguments()
+    if options.cell:
+        run_cell(options)
+        return
+    note = "TINY, on a CPU: no figure says anything. " if options.tiny else ""
+    lines = [f"| {COLUMNS} |", "|---" * 7 + "|"]
+    about = note + str(machine(("torch", "lightning", "transformers")))
+    with tempfile.TemporaryDirectory() as folder:
+        for line in measure(options, Path(folder)):
+            lines.append(line)
+            print(line, flush=True)
+            if options.out:
+                options.out.write_text("\n".join([*lines, "", about]) + "\n")
+    print("\n".join(["", *lines, "", about]))
+
+
+if __name__ == "__main__":
+    main()
