@@ -52,7 +52,10 @@ class Variant:
 def texts(folder: Path, **options: Any) -> TextStreamDataModule:
     """Bytes of files of 10 to 120 letters, in chunks of 16."""
     defaults = {"chunk_length": CHUNK, "batch_size": 3, "val_fraction": 0.3}
-    source = TextSource("files", str(write_texts(folder)))
+    root = folder / "texts"
+    if not root.exists():
+        write_texts(folder)
+    source = TextSource("files", str(root))
     return TextStreamDataModule(source, cache=str(folder / "cache"), **{**defaults, **options})
 
 

@@ -37,7 +37,7 @@ def consolidate(folder: str | Path, file: str | Path) -> Path:
     if source.is_file():
         raise ValueError(f"{source} is one file already: use it as it is")
     checkpoint = _load_distributed_checkpoint(source)
-    states = []
+    states: list[dict[str, Any]] = []
     while (key := f"optimizer_{len(states)}") in checkpoint:
         states.append(_numbered(checkpoint.pop(key)))
     checkpoint["optimizer_states"] = states

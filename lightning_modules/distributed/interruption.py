@@ -30,7 +30,7 @@ class AgreedInterruption:
     def install(self) -> None:
         """Take the place of what Lightning does in its signal handler and before a batch."""
         connector = self.trainer._signal_connector
-        connector._sigterm_notifier_fn = self.note  # type: ignore[method-assign]
+        connector._sigterm_notifier_fn = self.note  # type: ignore[method-assign,assignment]
         loop = self.trainer.fit_loop.epoch_loop
         loop._broadcast_sigterm_tensor = self.ask  # type: ignore[method-assign]
 
@@ -38,7 +38,7 @@ class AgreedInterruption:
         """Remember a signal, and hand it to the processes that this one has started."""
         launcher = self.trainer.strategy.launcher
         if not self.noted and launcher is not None:
-            launcher.kill(signum)  # type: ignore[attr-defined]
+            launcher.kill(signum)
         self.noted = True
 
     def ask(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.load import _METADATA_FILENAME as REST
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import nn
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,6 +23,7 @@ from torch.optim import Optimizer
 from lightning_modules.distributed.checkpoint_folder import (
     begin,
     check_complete,
+    part_of,
     publish,
     recover,
 )
@@ -61,7 +63,10 @@ class FSDP2Strategy(ModelParallelStrategy):
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         path = Path(self.broadcast(filepath))
-        part = self.broadcast(begin(path) if self.is_global_zero else None)
+        if self.is_global_zero:
+            begin(path)
+        self.barrier()
+        part = part_of(path)
         super().save_checkpoint(checkpoint, part, storage_options)
         self.barrier()
         if self.is_global_zero:
@@ -88,37 +93,43 @@ class FSDP2Strategy(ModelParallelStrategy):
         read = self._load_folder if path.is_dir() else self._load_file
         return {**read(path, weights_only), "state_dict": {}}
 
+    @property
+    def _sharded(self) -> nn.Module:
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
     def _load_folder(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
         stored = FileSystemReader(path).read_metadata().state_dict_metadata
+        model = self._sharded
         names = {name.removeprefix("state_dict.") for name in stored}
-        weights = get_model_state_dict(self.model)
+        weights = get_model_state_dict(model)
         self._check(weights, names)
         weights = {name: value for name, value in weights.items() if name in names}
         load({"state_dict": weights}, checkpoint_id=path)
-        set_model_state_dict(self.model, weights, options=StateDictOptions(strict=False))
+        set_model_state_dict(model, weights, options=StateDictOptions(strict=False))
         for number, optimizer in enumerate(self.optimizers):
-            key, state = f"optimizer_{number}", get_optimizer_state_dict(self.model, optimizer)
+            key, state = f"optimizer_{number}", get_optimizer_state_dict(model, optimizer)
             load({key: state}, checkpoint_id=path)
-            set_optimizer_state_dict(self.model, optimizer, state)
+            set_optimizer_state_dict(model, optimizer, state)
         return torch.load(path / REST, map_location="cpu", weights_only=weights_only)
 
     def _load_file(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
-        weights = checkpoint.pop("state_dict")
-        self._check(get_model_state_dict(self.model), weights)
+        model, weights = self._sharded, checkpoint.pop("state_dict")
+        self._check(get_model_state_dict(model), weights)
         whole = StateDictOptions(full_state_dict=True, strict=False)
-        set_model_state_dict(self.model, weights, options=whole)
+        set_model_state_dict(model, weights, options=whole)
         for optimizer, state in zip(
             self.optimizers, checkpoint.pop("optimizer_states", []), strict=False
         ):
             named = self._named(optimizer, state)
-            set_optimizer_state_dict(self.model, optimizer, named, options=whole)
+            set_optimizer_state_dict(model, optimizer, named, options=whole)
         return checkpoint
 
     def _check(self, model: Mapping[str, Any], stored: Any) -> None:
         """Raise unless all weights are stored that building the model does not bring back."""
-        assert self.lightning_module is not None
-        missing = set(model) - set(stored) - self.lightning_module.left_out_names()
+        module: Any = self.lightning_module
+        missing = set(model) - set(stored) - module.left_out_names()
         if missing:
             raise ValueError(
                 f"the checkpoint lacks {min(missing)}, and {len(missing) - 1} more weights of the "
@@ -127,7 +138,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def _named(self, optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
         """State of an optimizer by the names of its parameters instead of their numbers."""
-        name_of = {id(p): name for name, p in self.model.named_parameters()}  # type: ignore[union-attr]
+        name_of = {id(p): name for name, p in self._sharded.named_parameters()}
         names: dict[int, str] = {}
         groups = []
         for stored, group in zip(state["param_groups"], optimizer.param_groups, strict=True):

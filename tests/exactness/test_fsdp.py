@@ -170,8 +170,15 @@ def test_a_file_put_together_while_training_is_the_consolidated_one(folder: Path
     other = torch.load(path, weights_only=True)
     assert file.keys() == other.keys()
     torch.testing.assert_close(file["state_dict"], other["state_dict"], rtol=0, atol=0)
-    states = file["optimizer_states"], other["optimizer_states"]
-    torch.testing.assert_close(states[0][0]["state"], states[1][0]["state"], rtol=0, atol=0)
+    for mine, theirs in zip(in_order(file), in_order(other), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def in_order(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+    """State of the optimizer of every parameter, in the order of its groups."""
+    (state,) = checkpoint["optimizer_states"]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    return [state["state"][number] for number in numbers]
 
 
 def test_a_checkpoint_of_one_process_is_resumed_sharded(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """A gradient of zero for what an output does not depend on; the output is untouched."""
 
 import torch
+from lact_model_cases import hidden, lact_layer
 
 from lightning_modules.layers.reached import reached
 
@@ -19,3 +20,12 @@ def test_what_has_a_gradient_keeps_it() -> None:
     inner = weight.exp()
     reached(inner.square(), inner).sum().backward()
     torch.testing.assert_close(weight.grad, 2 * (2 * weight.detach()).exp())
+
+
+def test_in_a_call_in_which_nothing_that_is_written_is_read_lact_still_has_all_gradients() -> None:
+    """Otherwise a process whose rows are short would not agree with the others."""
+    layer = lact_layer("default")
+    output, _ = layer(hidden(length=2))
+    output.sum().backward()
+    assert not [name for name, p in layer.named_parameters() if p.grad is None]
+    assert layer.lr_proj.weight.grad.abs().sum() == 0
