@@ -142,7 +142,9 @@ class AdapterModule(pl.LightningModule):
             for name, value in _named_losses(handle):
                 auxiliary[name].append(value)
         loss = torch.stack(losses)
-        self.log("train/loss", loss.detach().mean(), batch_size=_rows(batch))
+        shared = self.streams.group is not None
+        mean = loss.detach().mean()
+        self.log("train/loss", mean, batch_size=_rows(batch), sync_dist=shared)
         total = loss.sum()
         for name, values in auxiliary.items():
             value = torch.stack(values).sum()

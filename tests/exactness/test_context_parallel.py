@@ -1,6 +1,7 @@
 """Layers and models whose rows are shared by processes, against one process with all tokens."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,17 +99,23 @@ def compare(call: Call, module: nn.Module, x: Tensor, names: tuple[str, ...], wh
     assert max(wrong) > 1e-3, f"{what} {names}: no power"
 
 
+def call_model(
+    model: nn.Module, ids: Tensor, handle: FastState, flags: dict[str, Tensor]
+) -> Tensor:
+    return model(input_ids=ids, fast_state=handle, use_cache=False, **flags).logits
+
+
+def call_layer(layer: nn.Module, x: Tensor, handle: FastState, flags: dict[str, Tensor]) -> Tensor:
+    return layer(x, fast_state=handle, **flags)
+
+
 def share_lact(rank: int, folder: Path, variants: tuple[str, ...]) -> None:
     """LaCT models, window attention included."""
-    for variant in variants:
+    x = token_ids(ROWS, sum(LENGTHS))
+    for number, variant in enumerate(variants):
         model = lact_model(variant)
-        x = token_ids(ROWS, sum(LENGTHS))
-
-        def call(ids: Tensor, handle: FastState, flags: dict[str, Tensor]) -> Tensor:
-            return model(input_ids=ids, fast_state=handle, use_cache=False, **flags).logits
-
-        for names in FLAGS:
-            compare(call, model, x, names, variant)
+        call = partial(call_model, model)
+        compare(call, model, x, FLAGS[number % len(FLAGS)], variant)
     handle = FastState(group=torch.distributed.group.WORLD)
     with pytest.raises(ValueError, match="labels are shifted by one token"):
         model(input_ids=x, labels=x, fast_state=handle)
@@ -120,21 +127,30 @@ def share_in_place(rank: int, folder: Path, variants: tuple[str, ...]) -> None:
     x = torch.randn(ROWS, sum(LENGTHS), SIZE, generator=generator, dtype=torch.float64)
     for variant in variants:
         layer = in_place_mlp(variant)
-
-        def call(x: Tensor, handle: FastState, flags: dict[str, Tensor]) -> Tensor:
-            return layer(x, fast_state=handle, **flags)
-
         for names in FLAGS:
-            compare(call, layer, x, names, variant)
+            compare(partial(call_layer, layer), layer, x, names, variant)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:use_muon with lact_chunk_size:UserWarning")
 def test_lact_models_that_share_rows_are_one_with_all_tokens(tmp_path: Path) -> None:
-    in_processes(2, share_lact, tmp_path, tuple(VARIANTS))
+    # Every variant with some of the flags; the default with all of them.
+    in_processes(2, share_lact, tmp_path, (*VARIANTS, "default", "default"))
 
 
 @pytest.mark.slow
 def test_in_place_layers_that_share_rows_are_one_with_all_tokens(tmp_path: Path) -> None:
     variants = ("causal", "symmetric_clipped", "symmetric_of_seven", "short_chunks", "one_tap")
     in_processes(2, share_in_place, tmp_path, variants)
+
+
+@pytest.mark.slow
+def test_memory_without_attention_counts_positions_across_parts(tmp_path: Path) -> None:
+    in_processes(2, share_memory, tmp_path)
+
+
+def share_memory(rank: int, folder: Path) -> None:
+    """A LaCT model that has no window, from which others take their positions."""
+    model = lact_model(branches="memory")
+    x = token_ids(ROWS, sum(LENGTHS))
+    compare(partial(call_model, model), model, x, FLAGS[2], "memory")
