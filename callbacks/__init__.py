@@ -2,6 +2,7 @@
 
 from callbacks.adapter_switch import AdapterByStage
 from callbacks.closed_loop import ClosedLoopEvaluation
+from callbacks.context_parallel import ContextParallel
 from callbacks.ema import EMA
 from callbacks.fast_weights import FastWeightMonitor
 from callbacks.file_boundary import FileBoundaryReset
@@ -18,6 +19,7 @@ __all__ = [
     "EMA",
     "AdapterByStage",
     "ClosedLoopEvaluation",
+    "ContextParallel",
     "FastWeightMonitor",
     "FileBoundaryReset",
     "GateMonitor",

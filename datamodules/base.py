@@ -21,6 +21,9 @@ class StreamDataModule(pl.LightningDataModule):
         tbptt: consecutive chunks per batch through which gradients flow.
         num_workers: worker processes per loader.
         seed: with the epoch it fixes the order of files.
+
+    Attributes:
+        processes_per_row: consecutive processes that read the same rows (`ContextParallel`).
     """
 
     def __init__(
@@ -31,6 +34,7 @@ class StreamDataModule(pl.LightningDataModule):
         self.tbptt = tbptt
         self.num_workers = num_workers
         self.seed = seed
+        self.processes_per_row = 1
 
     def build_dataset(self, stage: Stage) -> ChunkDataset:
         """The chunks of a stage; called once per loader, after `setup`."""
@@ -65,8 +69,8 @@ class StreamDataModule(pl.LightningDataModule):
             tbptt=tbptt,
             seed=self.seed,
             shuffle=shuffle,
-            rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1,
+            rank=self.trainer.global_rank // self.processes_per_row if self.trainer else 0,
+            world_size=self.trainer.world_size // self.processes_per_row if self.trainer else 1,
         )
         return StreamLoader(
             dataset,

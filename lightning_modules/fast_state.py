@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from lightning_modules.slots import Slots, map_fields
 
@@ -22,6 +23,8 @@ class FastState:
         listening: topics for which a monitor wants statistics (see `publish`).
         reading: where readers that do not adapt stand (see `reading`), shaped as `incoming`.
         live: rows that have a file, bool `[B]`; None for all. The others count in no loss.
+        group: processes that share the tokens of the rows, each with its part; None: the tokens
+            are all here. The state is the same on all of them.
     """
 
     def __init__(
@@ -32,9 +35,11 @@ class FastState:
         listening: Iterable[str] = frozenset(),
         reading: Slots | None = None,
         live: Tensor | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         self.adapt = adapt
         self.live = live
+        self.group = group
         self.published: Published = {}
         self.losses: dict[str, dict[str, Tensor]] = {}
         self._incoming: Slots = incoming or {}
@@ -85,6 +90,7 @@ class FastState:
             listening=self._listening,
             reading=map_fields(self.reading, function),
             live=None if self.live is None else function(self.live),
+            group=self.group,
         )
 
     @property

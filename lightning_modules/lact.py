@@ -115,6 +115,13 @@ class LaCTModule(LanguageModule):
                     f"once in it and its momentum never learns: better read more than {2 * chunk}"
                 )
 
+    @property
+    def sharing_obstacle(self) -> str | None:
+        """Adapters: the attention of a pretrained model beside them."""
+        if self.pretrained is None:
+            return None
+        return "pretrained with adapters is read by one process; LaCT from scratch (config) is not"
+
     def _chunk_sizes(self) -> list[tuple[str, int]]:
         """Tokens of a chunk of LaCT, with the name of the option."""
         if self._lact_config is not None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -18,8 +19,10 @@ from lightning_modules.generation import FastStateCache
 from lightning_modules.layers.rope import document_positions
 from lightning_modules.means import TargetMean
 from lightning_modules.models.pretrained import LeftOut
+from lightning_modules.models.shared_attention import share_attention
 from lightning_modules.sized import SizedModule
 from lightning_modules.streams import FastState
+from lightning_modules.token_shares import own_chunk
 
 IGNORED = -100
 """Label of a token that is not to be predicted."""
@@ -88,6 +91,8 @@ class LanguageModule(SizedModule):
         self.check(features)
         self.features = dict(features)
         self.model = self.build_model(features)
+        if self.streams.group is not None:
+            self.share_rows(self.streams.group)
         if self.compile_model:
             self.model.compile()
 
@@ -111,6 +116,8 @@ class LanguageModule(SizedModule):
         if "document_ids" in chunk and self._takes_positions:
             # A model whose attention knows no documents takes them from positions that restart.
             context["position_ids"] = position_in_file(chunk)
+        if "place" in chunk and self._takes_positions:
+            context["position_ids"] = chunk["place"]
         return context
 
     def token_losses(self, chunk: Chunk, fast_state: FastState) -> Tensor:
@@ -131,18 +138,51 @@ class LanguageModule(SizedModule):
     def chunk_loss(
         self, chunk: Chunk, fast_state: FastState, generator: torch.Generator | None
     ) -> Tensor:
-        """Mean loss over the labels of a chunk; 0 if it has none."""
-        losses = self.token_losses(chunk, fast_state)
-        return losses.sum() / self.chunk_targets(chunk).clamp(min=1)
+        """Mean loss over the labels of a chunk; 0 if it has none.
+
+        Where processes share the rows, the mean of what they return is that of the chunk: each
+        returns P times its share.
+        """
+        losses = self.token_losses(self._own(chunk, fast_state), fast_state).sum()
+        mean = losses / self.chunk_targets(chunk).clamp(min=1)
+        return mean if fast_state.group is None else mean * fast_state.group.size()
 
     def chunk_targets(self, chunk: Chunk) -> Tensor:
         """Number of labels of a chunk."""
         return (chunk["labels"] != IGNORED).sum()
 
+    @staticmethod
+    def _own(chunk: Chunk, fast_state: FastState) -> Chunk:
+        """The tokens of a chunk that this process reads."""
+        if fast_state.group is None:
+            return chunk
+        return own_chunk(chunk, position_in_file(chunk), fast_state.group)
+
+    @property
+    def sharing_obstacle(self) -> str | None:
+        """Why processes cannot share the rows; None if they can."""
+        return f"{type(self).__name__} needs all tokens of a row"
+
+    def share_rows(self, group: ProcessGroup) -> None:
+        """From now on read the own part of every row, which the processes of the group share.
+
+        Every process is given the whole chunks, the same on all. The loss is the mean over the
+        processes, as `ddp` takes it of their gradients, and the streams hold the same state.
+
+        Raises:
+            ValueError: the module needs all tokens of a row.
+        """
+        if self.sharing_obstacle is not None:
+            raise ValueError(f"rows cannot be shared: {self.sharing_obstacle}")
+        self.streams.group = group
+        if self.model is not None and self._takes_positions:
+            share_attention(self.model)
+
     def _evaluation_step(self, name: str, batch: list[Chunk], batch_idx: int) -> None:
         # By label, not by batch: batches at the end of an epoch have fewer of them.
         for chunk in batch:
             fast_state = self.streams.begin(chunk)
+            chunk = self._own(chunk, fast_state)
             logits = self.logits(chunk, fast_state)
             values = {
                 "loss": self._losses_of(logits, chunk, fast_state),
@@ -165,6 +205,8 @@ class LanguageModule(SizedModule):
             `stream_id [B]`, `chunk_index [B]`, `loss [B]` (mean over the labels, nats; 0 without)
             and `labels [B]`, how many there were.
         """
+        if fast_state.group is not None:
+            raise ValueError("predictions are made row by row: predict without ContextParallel")
         losses = self.token_losses(chunk, fast_state)
         labels = (chunk["labels"] != IGNORED).sum(dim=1)
         return {
@@ -259,6 +301,8 @@ class LanguageModule(SizedModule):
 
 def position_in_file(chunk: Chunk) -> Tensor:
     """Index of every token in its file, or in its document where rows are packed, `[B, T]`."""
+    if "position" in chunk:  # of a part of the rows
+        return chunk["position"]
     if "document_ids" in chunk:
         return document_positions(chunk["input_ids"], document_ids=chunk["document_ids"])
     rows, length = chunk["input_ids"].shape

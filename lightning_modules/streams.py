@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from lightning_modules.fast_state import FastState, Published
 from lightning_modules.slots import (
@@ -72,6 +73,7 @@ class StreamState:
             the same bookkeeping and the same statistics.
 
     Attributes:
+        group: processes that share the tokens of all rows (see `FastState`), or None.
         listening: topics that monitors want (see `FastState.publish`).
         finished: called with stream id, number of the last chunk, and slots `[1, ...]` of a row
             whose file has ended: by `begin`, when another file begins in the row, and by
@@ -82,6 +84,7 @@ class StreamState:
 
     def __init__(self, persistent: bool = True) -> None:
         self.persistent = persistent
+        self.group: ProcessGroup | None = None
         self.listening: set[str] = set()
         self.finished: list[Finished] = []
         self.driver: Any = None
@@ -127,7 +130,14 @@ class StreamState:
             self._tell_finished(space.rows, plan, space.slots)
         slots, reading = self._incoming(space, plan, chunk["is_first"], restart, start)
         live = chunk["stream_id"] != NO_STREAM if NO_STREAM in plan.stream_id else None
-        handle = FastState(slots, adapt=adapt, listening=self.listening, reading=reading, live=live)
+        handle = FastState(
+            slots,
+            adapt=adapt,
+            listening=self.listening,
+            reading=reading,
+            live=live,
+            group=self.group,
+        )
         self.plans.append(plan)
         self.published.append(handle.published)
         self._last = handle

@@ -133,6 +133,13 @@ class TTTLoRAModule(LanguageModule):
                 f"what is written is read inside the step; {advice}"
             )
 
+    @property
+    def sharing_obstacle(self) -> str | None:
+        """Every method but In-Place (and the plain model)."""
+        if self.method in ("in_place", "none"):
+            return None
+        return f"method={self.method} learns token by token in one process; method=in_place can"
+
     def build_model(self, features: Mapping[str, Any]) -> PreTrainedModel:
         """The base, with what the method adds."""
         model = build_base(self.config, self.pretrained, features["vocab_size"])

@@ -41,7 +41,8 @@ class EnterLayer:
         if cache is not None and layer is not None and given["fast_state"] is None:
             missed = int(cache.get_seq_length(layer))
         self.context.enter(**given, missed=missed)
-        if not isinstance(module, BaseAttentionAdapter):
+        shared = given["fast_state"] is not None and given["fast_state"].group is not None
+        if not isinstance(module, BaseAttentionAdapter) and not shared:
             kwargs = {key: value for key, value in kwargs.items() if key not in NAMES}
         return args, kwargs
 

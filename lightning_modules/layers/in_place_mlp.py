@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from lightning_modules.layers.chunk_conv import ChunkConv
 from lightning_modules.layers.deep_context import DeepContext, InDeepContext
@@ -20,6 +21,7 @@ from lightning_modules.layers.in_place_stream import (
     resume,
     writes,
 )
+from lightning_modules.layers.shared_stream import fresh_state, part_of, share_stream
 from lightning_modules.ops import in_place
 
 if TYPE_CHECKING:
@@ -213,8 +215,9 @@ class InPlaceMLP(nn.Module, InDeepContext):
         if fast_state is not None:
             state = fast_state.read(self.own_slot(), InPlaceMLPState)
         adapt = fast_state is None or fast_state.adapt
+        group = None if fast_state is None else fast_state.group
         z = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
-        o, after = self._remember(z, targets, mask, document_ids, state, adapt)
+        o, after = self._remember(z, targets, mask, document_ids, state, adapt, group)
         if fast_state is not None:
             fast_state.write(self.own_slot(), after)
             if fast_state.listens("fast_weight"):
@@ -239,9 +242,14 @@ class InPlaceMLP(nn.Module, InDeepContext):
         document_ids: Tensor | None,
         state: InPlaceMLPState | None,
         adapt: bool,
+        group: ProcessGroup | None,
     ) -> tuple[Tensor, InPlaceMLPState]:
         """Outputs `[B, T, D]` and the next state."""
-        conv, size = self.ttt.ttt_conv, self.config.chunk_size
+        conv, size, stream = self.ttt.ttt_conv, self.config.chunk_size, None
+        if group is not None:
+            state = fresh_state(targets, z, conv) if state is None else state
+            stream = share_stream(targets, z, conv, size, mask, document_ids, state, group)
+            state = stream.before
         plan = plan_stream(targets, size, conv.future, mask, document_ids, state)
         held, values, kept = convolve(conv, targets, plan, state)
         reading = Reading(z, values, mask, document_ids, None)
@@ -258,10 +266,14 @@ class InPlaceMLP(nn.Module, InDeepContext):
             document_ids=reading.document_ids,
             state=reading.state,
             adapt=adapt,
+            group=group,
+            part=None if stream is None else part_of(reading, size, stream),
         )
+        o = o[:, -z.shape[1] :]
+        if stream is not None:
+            return o, InPlaceMLPState(*memory[:2], stream.targets, stream.held, *memory[2:])
         waiting = hold(z, plan, conv.future, state)
-        after = InPlaceMLPState(memory.dw, memory.pending_dw, kept, waiting, *memory[2:])
-        return o[:, -z.shape[1] :], after
+        return o, InPlaceMLPState(memory.dw, memory.pending_dw, kept, waiting, *memory[2:])
 
     def _clip(self) -> Tensor | None:
         """The largest norm of a chunk's addition."""

@@ -8,11 +8,18 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from lightning_modules.layers.lact_options import LaCTLayerConfig
 from lightning_modules.layers.lact_statistics import TOPICS, InnerProblem, publish_statistics
 from lightning_modules.layers.reached import reached
 from lightning_modules.layers.rope import document_positions, rotary_table, rotate_halves
+from lightning_modules.layers.shared_window import (
+    SharedWindow,
+    plan_shared_window,
+    shared_window_attention,
+)
+from lightning_modules.layers.token_parts import find_parts
 from lightning_modules.layers.window_attention import (
     WindowPlan,
     WindowState,
@@ -172,15 +179,19 @@ class LaCTLayer(FastNetworks):
         mask: Tensor | None = None,
         document_ids: Tensor | None = None,
         state: WindowState | None = None,
-    ) -> WindowPlan | None:
+        group: ProcessGroup | None = None,
+    ) -> WindowPlan | SharedWindow | None:
         """What layers that read the same tokens can share; None without attention.
 
-        Arguments are those of `plan_window`.
+        Arguments are those of `plan_window`, and the processes that share the rows.
         """
         if not self.config.attends:
             return None
         window = self.config.attention.window_size
-        return plan_window(x, window, mask=mask, document_ids=document_ids, state=state)
+        flags = {"mask": mask, "document_ids": document_ids, "state": state}
+        if group is not None:
+            return plan_shared_window(x, window, **flags, group=group)
+        return plan_window(x, window, **flags)
 
     def forward(
         self,
@@ -191,7 +202,7 @@ class LaCTLayer(FastNetworks):
         write_mask: Tensor | None = None,
         write_weight: Tensor | None = None,
         state: LaCTLayerState | None = None,
-        plan: WindowPlan | None = None,
+        plan: WindowPlan | SharedWindow | None = None,
         fast_state: FastState | None = None,
         slot: str = "lact",
     ) -> tuple[Tensor, LaCTLayerState]:
@@ -206,31 +217,35 @@ class LaCTLayer(FastNetworks):
             write_weight: factor of every token's learning rates, `[B, T]`, e.g. of a router.
             state: result of the call before; None starts fresh.
             plan: from `plan`, of the same arguments and `state.window`; None makes one.
-            fast_state: says whether to adapt and which statistics to publish. It is neither read
-                nor written here.
+            fast_state: says whether to adapt, which statistics to publish, and which processes
+                share the rows. It is neither read nor written here.
             slot: name under which statistics are published.
 
         Returns:
             Output `[B, T, hidden]` and the next state.
         """
         window, memory = (None, None) if state is None else state
+        group = None if fast_state is None else fast_state.group
         if plan is None:
-            plan = self.plan(x, mask=mask, document_ids=document_ids, state=window)
+            plan = self.plan(x, mask=mask, document_ids=document_ids, state=window, group=group)
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         if self.config.attention.attn_qk_norm:
             q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
         dtype = torch.promote_types(x.dtype, torch.float32)
         theta = self.config.attention.rope_theta
-        if plan is None:
-            positions = document_positions(x, mask, document_ids, memory)
-        else:
+        if plan is not None:
             positions = plan.positions
+        elif group is not None:
+            positions = find_parts(x, mask, document_ids, memory, group).positions
+        else:
+            positions = document_positions(x, mask, document_ids, memory)
         table = rotary_table(positions, self.config.attention_head, theta, dtype)
         branches = []
         if plan is not None:
             attention = [self._attention_heads(i) for i in (q, k, v)]
             attention[:2] = [rotate_halves(i, table) for i in attention[:2]]
-            attended, window = window_attention(*attention, plan, window)
+            attend = shared_window_attention if group is not None else window_attention
+            attended, window = attend(*attention, plan, window)
             branches.append(attended.flatten(2))
         if self.config.remembers:
             rates = self._rates(x, write_mask, write_weight)
@@ -317,6 +332,7 @@ class LaCTLayer(FastNetworks):
             state=memory,
             adapt=fast_state is None or fast_state.adapt,
             recompute=update.recompute,
+            group=None if fast_state is None else fast_state.group,
         )
 
     def _scaled(self, read: Tensor, x: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def plan_window(
         ValueError: the state is of another window or of other rows.
     """
     rows, length = x.shape[:2]
-    carried = 0 if state is None else _carried(state, window, rows)
+    carried = 0 if state is None else carried_columns(state, window, rows)
     positions = document_positions(x, mask, document_ids, state)
     order = rank = None
     index = torch.arange(length, device=x.device).unsqueeze(0)
@@ -138,7 +138,7 @@ def plan_window(
     )
 
 
-def _carried(state: WindowState, window: int | None, rows: int) -> int:
+def carried_columns(state: WindowState, window: int | None, rows: int) -> int:
     """Columns of a state that are of use, checked. Waits for the device without a window."""
     if state.keys.shape[0] != rows:
         raise ValueError(

@@ -30,6 +30,7 @@ from lightning_modules.layers.lact import (
     LaCTLayerState,
     LowRankFastWeight,
 )
+from lightning_modules.layers.shared_window import SharedWindow
 from lightning_modules.layers.window_attention import WindowPlan, WindowState
 from lightning_modules.models.lact_config import LaCTConfig
 from lightning_modules.ops.states import LaCTState
@@ -77,7 +78,7 @@ class LaCTBlock(GradientCheckpointingLayer):
         hidden_states: Tensor,
         *,
         fast_state: FastState,
-        plan: WindowPlan | None,
+        plan: WindowPlan | SharedWindow | None,
         mask: Tensor | None = None,
         document_ids: Tensor | None = None,
     ) -> Tensor:
@@ -166,7 +167,8 @@ class LaCTModel(LaCTPreTrainedModel):
             use_cache: make such a cache if there is none; None: as the configuration says, not in
                 training.
             fast_state: handle of a stream's chunk; wins over the cache. Without either, every
-                call starts afresh.
+                call starts afresh. Where it has a `group`, the tokens are the own part of rows
+                that its processes share.
             output_hidden_states: also return the inputs of all blocks, and the output.
 
         Raises:
@@ -183,7 +185,9 @@ class LaCTModel(LaCTPreTrainedModel):
             state = FastState.transient() if cache is None else state_of(cache, len(x))
         carried = self.layers[0].state(state)
         window = None if carried is None else carried.window
-        plan = self.layers[0].attn.plan(x, mask=mask, document_ids=document_ids, state=window)
+        plan = self.layers[0].attn.plan(
+            x, mask=mask, document_ids=document_ids, state=window, group=state.group
+        )
         keep = output_hidden_states
         if keep is None:
             keep = self.config.output_hidden_states
@@ -291,6 +295,12 @@ class LaCTForCausalLM(LaCTPreTrainedModel, GenerationMixin):
             logits_to_keep: compute the logits of so many last tokens only (0: of all), or of these.
             mask: as there; so are the others.
         """
+        if labels is not None and fast_state is not None and fast_state.group is not None:
+            raise ValueError(
+                "labels are shifted by one token, but the next token of the last one is with "
+                "another process: leave labels out, and sum cross-entropies of the logits with "
+                "labels that were shifted before the rows were shared"
+            )
         out = self.model(
             input_ids,
             attention_mask,

@@ -9,6 +9,7 @@ from lightning_modules.ops.checks import select_backend
 from lightning_modules.ops.in_place.checks import check_in_place
 from lightning_modules.ops.in_place.eager import eager_in_place
 from lightning_modules.ops.in_place.naive import naive_in_place
+from lightning_modules.ops.in_place.shared import Part
 from lightning_modules.ops.states import InPlaceState
 
 BACKENDS = {"torch": eager_in_place, "naive": naive_in_place}
@@ -29,6 +30,7 @@ def in_place(
     state: InPlaceState | None = None,
     adapt: bool = True,
     group: ProcessGroup | None = None,
+    part: Part | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, InPlaceState]:
     """Read a sequence with a linear map to which every chunk of it adds its outer products.
@@ -62,6 +64,8 @@ def in_place(
             with its mask and documents, and gets its outputs. The state is that of the whole rows,
             the same on all; the gradient of w_down is the sum over the processes (see
             `ops.processes`).
+        part: with a group, where the own tokens stand; None: found from mask and documents, if no
+            token is given to two processes.
         backend: "torch" (fast), "naive" (a loop over tokens that defines the result), or "auto"
             (the fastest there is).
 
@@ -86,4 +90,4 @@ def in_place(
         "state": state,
     }
     check_in_place(z, v, w_down, eta, **options)
-    return run(z, v, w_down, eta if adapt else 0.0, **options, group=group)
+    return run(z, v, w_down, eta if adapt else 0.0, **options, group=group, part=part)

@@ -27,7 +27,7 @@ from torch.nn.functional import linear
 from lightning_modules.ops.grid import Progress
 from lightning_modules.ops.in_place.chunks import clipped, read_chunks
 from lightning_modules.ops.in_place.history import read_history
-from lightning_modules.ops.in_place.shared import add_before, find_part, gather_sums, scan
+from lightning_modules.ops.in_place.shared import Part, add_before, find_part, gather_sums, scan
 from lightning_modules.ops.products import product
 from lightning_modules.ops.states import InPlaceState
 
@@ -51,6 +51,7 @@ def eager_in_place(
     document_ids: Tensor | None,
     state: InPlaceState | None,
     group: ProcessGroup | None,
+    part: Part | None,
 ) -> tuple[Tensor, InPlaceState]:
     """In-Place TTT by matrix products; arguments and results are those of `ops.in_place`."""
     base, wide = linear(z, w_down), torch.promote_types(z.dtype, torch.float32)
@@ -61,7 +62,7 @@ def eager_in_place(
         if state is not None:
             changes = {name: getattr(state, name).to(wide) for name in ("dw", "pending_dw")}
             state = state._replace(**changes)
-        read = _read if group is None else partial(_read_shared, group)
+        read = _read if group is None else partial(_read_shared, group, part)
         change, after = read(z, w, chunk_size, clip, mask, document_ids, state)
     return (base + change).to(base.dtype), after
 
@@ -83,6 +84,7 @@ def _read(
 
 def _read_shared(
     group: ProcessGroup,
+    part: Part | None,
     z: Tensor,
     w: Tensor,
     chunk_size: int,
@@ -92,7 +94,8 @@ def _read_shared(
     state: InPlaceState | None,
 ) -> tuple[Tensor, InPlaceState]:
     """As `_read`, of the own part of rows that the processes of the group share."""
-    part = find_part(z, chunk_size, mask, document_ids, Progress.of(state, z), group)
+    if part is None:
+        part = find_part(z, chunk_size, mask, document_ids, Progress.of(state, z), group)
     wide = torch.promote_types(z.dtype, torch.float32)
     fresh = z.new_zeros(len(z), w.shape[-1], z.shape[-1], dtype=wide)
     dw, pending = (fresh, fresh) if state is None else (state.dw, state.pending_dw)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import linear
 
+from lightning_modules.ops.in_place.shared import Part
 from lightning_modules.ops.states import InPlaceState
 
 
@@ -72,6 +73,7 @@ def naive_in_place(
     document_ids: Tensor | None,
     state: InPlaceState | None,
     group: ProcessGroup | None,
+    part: Part | None,
 ) -> tuple[Tensor, InPlaceState]:
     """In-Place TTT by a loop; arguments and results are those of `ops.in_place`.
 

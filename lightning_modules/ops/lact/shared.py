@@ -6,7 +6,7 @@ token i to process `i mod P`, and every process has its share of every chunk. Th
 over tokens; the sum over the processes is the chunk's (see `memory.written`), so that all hold the
 same weights. What a state holds of an open chunk is the same on all processes, too, and written by
 `slot mod P`: the state does not show how many processes there were.
-Source: Zhang et al. 2025, arXiv:2505.23884, section 3.3 ("in-chunk" context parallelism).
+Source: Zhang et al. 2025, arXiv:2505.23884 (context parallelism inside of a chunk).
 """
 
 from collections.abc import Sequence
