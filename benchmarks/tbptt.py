@@ -5,10 +5,10 @@
     python benchmarks/tbptt.py report --out results
 
 `recall` (configs/lact_recall.yaml, made small) asks for what stands one to three chunks back, where
-only the carried state can know it; `maze` (configs/action_expert_maze_memory.yaml) shows its goal in
-the first chunk only. A run with k takes 1/k of the steps. `run` trains, measures and reports: it
-leaves `TRIAL/seed_N/result.json` and `results.md`, continues what was interrupted, and skips what is
-complete.
+only the carried state can know it; `maze` (configs/action_expert_maze_memory.yaml) shows its goal
+in the first chunk only. A run with k takes 1/k of the steps. `run` trains, measures and reports: it
+leaves `TRIAL/seed_N/result.json` and `results.md`, continues what was interrupted, and skips what
+is complete.
 """
 
 from __future__ import annotations

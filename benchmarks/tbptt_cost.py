@@ -48,7 +48,7 @@ class StepCost(Callback):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             self._saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself, it would hold on to the graph that saves it
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         if self._batches == MEASURED:

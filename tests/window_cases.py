@@ -1,4 +1,4 @@
-"""Windows of k chunks of every variant, in float64: loss and gradients as a training step has them."""
+"""Windows of k chunks of every variant, in float64: loss and gradients of a training step."""
 
 from __future__ import annotations
 
@@ -44,14 +44,20 @@ def make_window_case(
     module = VARIANTS[name].module()
     module.build_for(source)
     module.log = lambda *args, **kwargs: None  # there is no trainer
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    add_noise(module)
     loader = source.train_dataloader()
     found = [in_float64(chunk) for (chunk,) in loader][:chunks]
     assert len(found) == chunks
     return module.double().train(), found
+
+
+@torch.no_grad()
+def add_noise(module: AdapterModule) -> AdapterModule:
+    """Leave no parameter at a special value."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in module.parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return module
 
 
 def in_float64(chunk: Chunk) -> Chunk:
@@ -95,7 +101,7 @@ class SavedBytes:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in own:
                 self._sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            return tensor.detach()  # itself, it would hold on to the graph that saves it
 
         self._hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 

@@ -1,10 +1,10 @@
-"""Sampler and loader for any files, rows, ranks and interruptions: nothing is lost or read twice."""
+"""Sampler and loader for any files, rows, ranks, interruptions: nothing is lost or read twice."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -107,7 +107,7 @@ def test_every_token_of_every_file_is_read_once_by_one_row_of_one_rank(case: Fil
     store = Store(case.tokens)
     for number in range(len(case.tokens)):
         tokens = store.document(number).tolist()
-        assert merged[number] == list(zip(tokens[:-1], tokens[1:], strict=True))
+        assert merged[number] == list(pairwise(tokens))
 
 
 def order(sampler: StreamBatchSampler, epoch: int) -> list[list[ChunkRequest]]:
