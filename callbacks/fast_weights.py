@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning.pytorch as pl
+import numpy as np
 from torch import Tensor
 
 from callbacks.logging import heat_map, log_figure, row_figure
@@ -131,10 +132,12 @@ class FastWeightMonitor(Monitor):
     @staticmethod
     def _draw(result: SlotResult, trainer: pl.Trainer, step: int) -> None:
         columns = [*map(str, range(CHUNK_BINS - 1)), f"{CHUNK_BINS - 1}+"]
+        # Files may be shorter, and without carried state every chunk is the first one.
+        used = 1 + max(np.flatnonzero(result.values["count"]), default=0)
         figure = heat_map(
-            result.values["mean"],
+            result.values["mean"][:, :used],
             layer_tags(result.slots),
-            columns,
+            columns[:used],
             "chunk in the file",
             "size of the state, |dW|",
         )

@@ -209,5 +209,5 @@ def _draw(choice: str, result: SlotResult) -> Figure:
         layer_tags(result.slots),
         [str(column) for column in columns],
         choice,
-        "load / mean load",
+        f"load of each {choice} / mean load",
     )

@@ -27,7 +27,17 @@ def settings(trainer: pl.Trainer, pl_module: Any) -> dict[str, Value]:
         found = {"model": _arguments(pl_module), "trainer": _of_trainer(trainer)}
         if trainer.datamodule is not None:  # type: ignore[attr-defined]
             found["data"] = _arguments(trainer.datamodule)  # type: ignore[attr-defined]
-    return dict(_flatten(found)) | _learning_rates(trainer)
+    names = {type(callback).__name__ for callback in trainer.callbacks}  # type: ignore[attr-defined]
+    watched = {"trainer.callbacks": ", ".join(sorted(names))}
+    flat = {
+        name: value for name, value in _flatten(found) if not _is_flag_of_optimizer(name, value)
+    }
+    return flat | watched | _learning_rates(trainer)
+
+
+def _is_flag_of_optimizer(name: str, value: Value) -> bool:
+    """`amsgrad`, `capturable` and the like, which would only fill the table."""
+    return name.startswith("model.optimizer.") and isinstance(value, bool)
 
 
 def _from_command_line(trainer: pl.Trainer) -> dict[str, Any]:

@@ -202,23 +202,25 @@ def layout(tags: Iterable[str]) -> Charts:
     for family in FAMILIES:
         for tag in tags if family.title else ():
             if family_of(tag) is family:
-                title, regex = _chart(family, tag)
-                chart = charts.setdefault(family.category, {})
-                _, regexes = chart.setdefault(title, ("Multiline", []))
-                if regex not in regexes:
-                    regexes.append(regex)
+                match = family.pattern.fullmatch(tag)
+                title = _fill(family.title, match)
+                # All families of the chart, written or not: TensorBoard merges the layouts of
+                # several runs, and shows a chart of another list of curves as another chart.
+                shared = [other for other in FAMILIES if other.title == family.title]
+                regexes = [_regex(other, match) for other in shared]
+                charts.setdefault(family.category, {})[title] = ("Multiline", regexes)
     return charts
 
 
-def _chart(family: TagFamily, tag: str) -> tuple[str, str]:
-    """Title of a tag's chart, and a regex for it and its like: what comes last may vary."""
-    match = family.pattern.fullmatch(tag)
-    assert match is not None
-    groups = match.groupdict()
-    title = re.sub(r"<(\w+)>", lambda name: groups[name[1]], family.title)
-    if not groups:
-        return title, f"{re.escape(tag)}$"
-    return title, re.escape(tag[: match.start(list(groups)[-1])])
+def _regex(family: TagFamily, match: re.Match[str] | None) -> str:
+    """Matches a family's tags, whatever comes last in them."""
+    head, _, tail = family.name.rpartition("<")
+    return f"{re.escape(tail)}$" if not head else re.escape(_fill(head, match))
+
+
+def _fill(text: str, match: re.Match[str] | None) -> str:
+    groups = {} if match is None else match.groupdict()
+    return re.sub(r"<(\w+)>", lambda name: groups[name[1]], text)
 
 
 def table(families: Iterable[TagFamily]) -> str:
@@ -230,7 +232,7 @@ def table(families: Iterable[TagFamily]) -> str:
 def facts(rows: Mapping[str, str]) -> str:
     """Markdown table of names and values."""
     lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
-    return "\n".join(["| | |", "|---|---|", *lines])
+    return "\n".join(["| what | value |", "|---|---|", *lines])
 
 
 def _cell(text: str) -> str:

@@ -88,8 +88,7 @@ def test_every_chart_shows_a_written_curve_and_every_written_family_with_a_title
         if re.match(regex, tag)
     }
     for title, regexes in charts(toy_run).items():
-        for regex in regexes:
-            assert any(re.match(regex, tag) for tag in written), (title, regex)
+        assert any(re.match(regex, tag) for regex in regexes for tag in written), title
     assert shown == {tag for tag in written if (f := family_of(tag)) is not None and f.title}
     together = charts(toy_run)["inner loss before and after the update"]
     assert together == ["fast_weight/inner_loss_before/", "fast_weight/inner_loss_after/"]
@@ -111,6 +110,13 @@ def test_families_do_not_hide_each_other() -> None:
     """A tag made of a family's own name belongs to that family, not to one before it."""
     for family in FAMILIES:
         assert family_of(re.sub(r"<(\w+)>", r"\1", family.name)) is family
+
+
+def test_runs_that_wrote_different_curves_have_the_same_chart() -> None:
+    """TensorBoard merges charts that are equal, and shows the others one beside the other."""
+    early, late = (layout(["train/loss", *more]) for more in ([], ["val/loss"]))
+    assert early == late
+    assert early["loss and learning rate"]["loss"] == ("Multiline", ["train/loss$", "val/loss$"])
 
 
 def test_a_margin_chart_needs_all_three_curves() -> None:
