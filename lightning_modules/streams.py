@@ -152,7 +152,8 @@ class StreamState:
         start: Slots,
     ) -> tuple[Slots, Slots]:
         """What was learned, and where readers stand."""
-        other_rows = not self.plans and len(plan.stream_id) != len(space.rows.stream_id)
+        before = self.plans[-1] if self.plans else space.rows
+        other_rows = len(plan.stream_id) != len(before.stream_id)
         all_begin = bool(start) and all(plan.is_first)
         if not self.persistent or restart or other_rows or all_begin:
             return repeat_row(start, len(plan.stream_id)), {}

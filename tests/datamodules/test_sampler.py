@@ -140,6 +140,19 @@ def test_a_loader_resumes_at_the_exact_batch_and_then_starts_epochs_anew(workers
         assert values(list(second)) == next_epoch
 
 
+def test_a_state_taken_before_the_first_batch_is_where_that_batch_stands() -> None:
+    first = StreamLoader(Numbers(), StreamBatchSampler(LENGTHS, 3))
+    batches = iter(first)
+    next(batches), next(batches)
+    state = first.state_dict()
+    second = StreamLoader(Numbers(), StreamBatchSampler(LENGTHS, 3))
+    second.load_state_dict(state)
+    assert second.state_dict() == state, "resumed and interrupted again: the position is lost"
+    list(batches)
+    first.sampler.set_epoch(1)
+    assert first.state_dict() == {**state, "epoch": 1, "position": 0}, "an epoch would be skipped"
+
+
 def test_iterating_does_not_draw_from_the_global_generator() -> None:
     import torch
 

@@ -26,6 +26,10 @@ from lightning_modules.streams import NO_STREAM, FastState, StreamGapError, Stre
 NAMESPACES = ("train", "validate")
 SLOT = "layer"
 namespaces = st.sampled_from(NAMESPACES)
+row_kinds = st.lists(
+    st.sampled_from(["on", "on", "on", "new", "idle", "gap"]), min_size=1, max_size=3
+)
+mostly = st.sampled_from([True, True, True, False])
 
 
 class Value(NamedTuple):
@@ -107,13 +111,7 @@ class Streams(RuleBasedStateMachine):
         return {**{n: torch.tensor(v) for n, v in plan._asdict().items()}, "plan": plan}
 
     @precondition(lambda self: self.step is not None)
-    @rule(
-        kinds=st.lists(
-            st.sampled_from(["on", "on", "on", "new", "idle", "gap"]), min_size=1, max_size=3
-        ),
-        same_rows=st.sampled_from([True, True, True, False]),
-        adapt=st.sampled_from([True, True, True, False]),
-    )
+    @rule(kinds=row_kinds, same_rows=mostly, adapt=mostly)
     def begin(self, kinds: list[str], same_rows: bool, adapt: bool) -> None:
         step, space = self.step, self.spaces[self.step.namespace]
         before = space.rows if step.rows is None else step.rows
@@ -214,6 +212,17 @@ class Streams(RuleBasedStateMachine):
         space.resets += sum(step.firsts)
         space.continuations += len(step.firsts) - sum(step.firsts)
 
+    @rule(
+        namespace=namespaces,
+        chunks=st.lists(st.tuples(row_kinds, mostly, mostly), min_size=1, max_size=3),
+    )
+    def whole_step(self, namespace: str, chunks: list[tuple[list[str], bool, bool]]) -> None:
+        """As a loop goes through it."""
+        self.begin_step(namespace)
+        for chunk in chunks:
+            self.begin(*chunk)
+        self.commit()
+
     @precondition(lambda self: self.step is None)
     @rule(namespace=namespaces)
     def clear(self, namespace: str) -> None:
@@ -262,7 +271,7 @@ class Streams(RuleBasedStateMachine):
 
 
 MANY = settings(max_examples=60, stateful_step_count=30)
-QUICK = settings(max_examples=100, stateful_step_count=30, phases=[Phase.generate])
+QUICK = settings(max_examples=40, stateful_step_count=30, phases=[Phase.generate])
 
 
 def test_any_sequence_of_calls_does_what_the_docstrings_say() -> None:

@@ -211,8 +211,8 @@ def test_power_a_state_that_is_not_cut_keeps_every_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wrong: a commit that leaves the graph."""
-    monkeypatch.setattr(streams, "map_fields", lambda slots, function: dict(slots))
     module, window = warmed_up("ttt_lora", tmp_path, 2)
+    monkeypatch.setattr(streams, "map_fields", lambda slots, function: dict(slots))
     before = graphs()
     loss = window_loss(module, window)
     module.streams.commit()

@@ -298,6 +298,13 @@ def test_an_uncommitted_step_leaves_no_trace() -> None:
     assert torch.equal(once, twice)
 
 
+def test_other_rows_inside_a_step_begin_afresh() -> None:
+    stack, streams = Stack(), StreamState()
+    run_step(streams, stack, [make_chunk(0)])
+    out = stack(make_chunk(0, (4, 5))["x"], streams.begin(make_chunk(0, (4, 5))))
+    assert torch.equal(out, run_step(StreamState(), stack, [make_chunk(0, (4, 5))])[0])
+
+
 def test_begin_without_an_open_step_names_the_callback() -> None:
     with pytest.raises(RuntimeError, match="FileBoundaryReset"):
         StreamState().begin(make_chunk(0))
