@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, Summary, SummaryMetadata
 
 from callbacks.tags import Charts, describe
 
@@ -52,7 +52,10 @@ def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float], step: int) ->
 
 def _described(tag: str, value: float) -> Summary.Value:
     plugin = SummaryMetadata.PluginData(plugin_name="scalars")
-    metadata = SummaryMetadata(plugin_data=plugin, summary_description=describe(tag))
+    # Without its class, TensorBoard's data server takes the value and drops the description.
+    metadata = SummaryMetadata(
+        plugin_data=plugin, summary_description=describe(tag), data_class=DATA_CLASS_SCALAR
+    )
     return Summary.Value(tag=tag, simple_value=value, metadata=metadata)
 
 

@@ -111,17 +111,19 @@ class PositionLossMonitor(Callback):
         }
         titles = {"position": "position in the file, from token", "chunk": "chunk of the file"}
         for axes, name in zip(figure.subplots(1, 2), curves, strict=True):
-            mean, count = curves[name]
-            places = np.arange(len(mean))
+            used = 1 + max(np.flatnonzero(curves[name][1]), default=0)
+            mean, count = (values[:used] for values in curves[name])
+            places = np.arange(used)
             tokens = axes.twinx()
             tokens.bar(places, count, color="0.88", width=0.9)
             tokens.set_ylabel("tokens", color="0.5")
             axes.plot(places, mean, marker="o")
             axes.set_zorder(tokens.get_zorder() + 1)
             axes.patch.set_visible(False)
-            axes.set_xticks(places, labels[name], rotation=60)
+            axes.set_xticks(places, labels[name][:used], rotation=60)
             axes.set_xlabel(titles[name])
             axes.set_ylabel("loss (nats per token)")
+            axes.set_title("validation loss (line), tokens behind it (bars)")
         return figure
 
 

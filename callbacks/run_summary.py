@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from callbacks.logging import ScalarListener, log_layout, log_text, tensorboards
@@ -72,7 +73,7 @@ class RunSummary(Callback, ScalarListener):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         loss = trainer.callback_metrics.get("val/loss")
-        if loss is None or trainer.sanity_checking or not trainer.training:
+        if loss is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         # A tensor of the device: nobody waits for it.
         self._best = loss.clone() if self._best is None else torch.minimum(self._best, loss)

@@ -63,9 +63,9 @@ FAMILIES = (
         "parameter alone; ratio_...: what the branch adds, relative to the residual stream)",
         GATES, "<gate>: mean of each layer",
     ),
-    TagFamily("gate/<gate>/std/<layer>", "standard deviation of the same values"),
-    TagFamily("gate/<gate>/min/<layer>", "smallest of them"),
-    TagFamily("gate/<gate>/max/<layer>", "largest of them"),
+    TagFamily("gate/<gate>/std/<layer>", "standard deviation of a gate"),
+    TagFamily("gate/<gate>/min/<layer>", "smallest entry of a gate"),
+    TagFamily("gate/<gate>/max/<layer>", "largest entry of a gate"),
     TagFamily(
         "gate/<gate>/saturation/<layer>",
         "share of gates with |gate| > 0.99, which hardly learn any more",
@@ -78,7 +78,7 @@ FAMILIES = (
     ),
     TagFamily(
         "fast_weight/inner_loss_after/<layer>",
-        "the same with the weights after it: must be lower, else the memory does not learn",
+        "the same with the weights after the call: must be lower, else the memory does not learn",
         MEMORY, "inner loss before and after the update",
     ),
     TagFamily(

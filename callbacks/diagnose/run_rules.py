@@ -13,15 +13,18 @@ STARVED = 0.5
 """Share of the time spent waiting for data. From one half on, a device twice as fast would hardly
 help: the loader is what to speed up first."""
 
+ON_PURPOSE = ("KeyboardInterrupt", "SIGTERMException")
+"""A run that someone (or the machine's queue) stopped is not a run that failed."""
+
 WATCHES = r"(gate|fast_weight|chapter_router|router|position_loss)/.*"
 MONITORS = ("GateMonitor", "FastWeightMonitor", "RouterMonitor", "PositionLossMonitor")
 
 
 @rule
 def stopped(run: Run) -> Iterator[Finding]:
-    """The run ended with an error; pressing Ctrl-C is none, and a resumed run has gone on."""
+    """The run ended with an error; `not_finite` tells of those that NaN caused."""
     text = run.texts.get("run/stopped", "")
-    if not text or "KeyboardInterrupt" in text or "NonFiniteError" in text:
+    if not text or any(reason in text for reason in (*ON_PURPOSE, "NonFiniteError")):
         return
     yield Finding(
         "stopped", "The run ended with an error.", text, "what the error says; then --ckpt_path"

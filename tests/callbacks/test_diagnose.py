@@ -130,8 +130,9 @@ def test_memory_is_unused_where_the_loss_is_flat_beyond_the_reach_of_attention(
     assert names(hand_made(POSITIONS, options=options)) == ({"memory unused"} if found else set())
 
 
-def test_what_ctrl_c_stopped_is_no_finding_and_an_error_is() -> None:
-    for text, found in (("KeyboardInterrupt", set()), ("OutOfMemoryError: 3 GB", {"stopped"})):
+def test_what_was_stopped_on_purpose_is_no_finding_and_an_error_is() -> None:
+    cases = {"KeyboardInterrupt": set(), "SIGTERMException": set(), "OutOfMemoryError": {"stopped"}}
+    for text, found in cases.items():
         run = hand_made(WATCHED, texts={"run/stopped": f"Stopped at step 3. {text}"})
         assert names(run) == found
 

@@ -12,13 +12,15 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.hparams.api_pb2 import Status
-from toy_streams import ToyModule, fit, read_tensorboard, scalar, toy_batches
+from torch.utils.data import DataLoader
+from toy_streams import ToyModule, fit, read_tensorboard, same, scalar, toy_batches
 from variant_cases import CHUNK, train
 
-from callbacks import FastWeightMonitor, GateMonitor, RunSummary, Throughput
+from callbacks import FastWeightMonitor, FileBoundaryReset, GateMonitor, RunSummary, Throughput
 from callbacks.run_page import state_sizes
 from callbacks.run_settings import settings
 from callbacks.tags import FAMILIES, describe, family_of, layout
@@ -100,7 +102,9 @@ def test_every_tag_of_the_monitors_has_a_meaning_beside_its_curve(toy_run: Path)
     written = set(events.Tags()["scalars"]) - {"train/loss", "epoch"}
     for tag in written:
         assert describe(tag), tag
-        assert events.SummaryMetadata(tag).summary_description == describe(tag)
+        shown = events.SummaryMetadata(tag)
+        assert shown.summary_description == describe(tag)
+        assert shown.data_class == DATA_CLASS_SCALAR  # else the data server drops it
     assert len(written) > 50
     page = text(toy_run, "run/tags")
     assert "`gate/<gate>/mean/<layer>`" in page and "`chapter_router" not in page
@@ -209,16 +213,32 @@ def test_a_module_that_keeps_nothing_says_so(tmp_path: Path) -> None:
     assert "Nothing is carried from chunk to chunk." in text(tmp_path, "run/summary")
 
 
-def test_best_validation_loss_survives_a_resume(tmp_path: Path) -> None:
-    summary = RunSummary()
-    trainer: Any = type("T", (), {"sanity_checking": False, "training": True})()
-    for loss in (3.0, 1.0, 2.0):
-        trainer.callback_metrics = {"val/loss": torch.tensor(loss)}
-        summary.on_validation_end(trainer, None)
-    resumed = RunSummary()
-    resumed.load_state_dict(summary.state_dict())
-    resumed.on_validation_end(trainer, None)
-    assert float(resumed._best) == 1.0
+class Validates(ToyModule):
+    """Its validation losses are these, one after the other."""
+
+    losses = (3.0, 1.0, 2.0)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", torch.tensor(self.losses[self.trainer.current_epoch]))
+
+
+def test_best_and_last_validation_loss_of_all_of_a_run_that_was_resumed(tmp_path: Path) -> None:
+    def run(folder: Path, epochs: int, ckpt_path: str | None = None) -> dict[str, float]:
+        trainer = pl.Trainer(
+            accelerator="cpu", max_epochs=epochs, enable_progress_bar=False,
+            logger=TensorBoardLogger(folder, name="", version=""), enable_model_summary=False,
+            callbacks=[FileBoundaryReset(), RunSummary()], log_every_n_steps=1,
+        )  # fmt: skip
+        loaders = [DataLoader(toy_batches(1), batch_size=None, collate_fn=same) for _ in range(2)]
+        trainer.fit(Validates(), *loaders, ckpt_path=ckpt_path)
+        trainer.save_checkpoint(folder / "last.ckpt")
+        final = read_tensorboard(folder / "final")
+        return {tag: next(iter(scalar(final, tag).values())) for tag in final.Tags()["scalars"]}
+
+    first = run(tmp_path / "first", 2)
+    assert (first["final/val_loss"], first["final/best_val_loss"]) == (1.0, 1.0)
+    rest = run(tmp_path / "rest", 3, str(tmp_path / "first" / "last.ckpt"))
+    assert (rest["final/val_loss"], rest["final/best_val_loss"]) == (2.0, 1.0)
 
 
 def test_the_command_line_adds_it_and_its_options_have_the_configs_names(
@@ -239,6 +259,16 @@ def test_the_command_line_adds_it_and_its_options_have_the_configs_names(
     }  # fmt: skip
     assert {name: options[name] for name in expected} == expected
     assert "| variant | CaseModule |" in text(tmp_path / "run" / "one", "run/summary")
+
+
+def test_every_family_stands_in_the_table_of_the_docs() -> None:
+    docs = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text()
+    rows = [line for line in docs.splitlines() if line.startswith("| `")]
+    for family in FAMILIES:
+        head, *rest = re.sub(r"_?<(position|index)>", "", family.name).split("/")
+        key = next((part for part in reversed(rest) if "<" not in part), family.name)
+        key = key.replace("lr/<group>", "lr/GROUP")
+        assert any(f"`{head}/" in row and key in row for row in rows), family.name
 
 
 def test_settings_need_no_datamodule(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Which chunk stands where: every file once, in order, in one row, for any number of ranks."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -159,6 +161,22 @@ def test_iterating_does_not_draw_from_the_global_generator() -> None:
     before = torch.get_rng_state()
     list(StreamLoader(Numbers(), StreamBatchSampler(LENGTHS, 2)))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_loader_tells_how_long_it_was_waited_for_and_not_how_long_it_waited() -> None:
+    class Slow(Numbers):
+        def __getitem__(self, request: ChunkRequest) -> dict:
+            time.sleep(0.02)
+            return super().__getitem__(request)
+
+    loader = StreamLoader(Slow(), StreamBatchSampler(LENGTHS, 2))
+    batches = iter(loader)
+    next(batches)
+    first = loader.waited
+    assert first >= 2 * 0.02
+    time.sleep(0.3)
+    next(batches)
+    assert first + 2 * 0.02 <= loader.waited < first + 0.3
 
 
 def test_a_place_in_an_epoch_is_of_its_rows_and_between_epochs_they_may_change() -> None:
