@@ -116,6 +116,8 @@ def share_lact(rank: int, folder: Path, variants: tuple[str, ...]) -> None:
         model = lact_model(variant)
         call = partial(call_model, model)
         compare(call, model, x, FLAGS[number % len(FLAGS)], variant)
+    memory = lact_model(branches="memory")  # without a window that others take positions from
+    compare(partial(call_model, memory), memory, x, FLAGS[2], "memory")
     handle = FastState(group=torch.distributed.group.WORLD)
     with pytest.raises(ValueError, match="labels are shifted by one token"):
         model(input_ids=x, labels=x, fast_state=handle)
@@ -142,15 +144,3 @@ def test_lact_models_that_share_rows_are_one_with_all_tokens(tmp_path: Path) -> 
 def test_in_place_layers_that_share_rows_are_one_with_all_tokens(tmp_path: Path) -> None:
     variants = ("causal", "symmetric_clipped", "symmetric_of_seven", "short_chunks", "one_tap")
     in_processes(2, share_in_place, tmp_path, variants)
-
-
-@pytest.mark.slow
-def test_memory_without_attention_counts_positions_across_parts(tmp_path: Path) -> None:
-    in_processes(2, share_memory, tmp_path)
-
-
-def share_memory(rank: int, folder: Path) -> None:
-    """A LaCT model that has no window, from which others take their positions."""
-    model = lact_model(branches="memory")
-    x = token_ids(ROWS, sum(LENGTHS))
-    compare(partial(call_model, model), model, x, FLAGS[2], "memory")
