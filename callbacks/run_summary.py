@@ -72,7 +72,7 @@ class RunSummary(Callback, ScalarListener):
             self._first_step = StepSize.of(batch, pl_module.streams.plans)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        loss = trainer.callback_metrics.get("val/loss")
+        loss = trainer.callback_metrics.get("val/loss") if self._final else None
         if loss is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         # A tensor of the device: nobody waits for it.
@@ -116,6 +116,8 @@ class RunSummary(Callback, ScalarListener):
         log_text(trainer, "run/tags", table(families_of(tags)), trainer.global_step)
 
     def _finish(self, trainer: pl.Trainer, pl_module: Any, succeeded: bool) -> None:
+        if not self._final:
+            return
         self._write_pages(trainer, pl_module)
         last = {**_logged(trainer), **self._scalars}
         metrics = {name: last[tag] for tag, name in FINAL.items() if tag in last}

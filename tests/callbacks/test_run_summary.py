@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from toy_streams import ToyModule, fit, read_tensorboard, same, scalar, toy_batches
 from variant_cases import CHUNK, train
 
+import callbacks.run_summary
 from callbacks import FastWeightMonitor, FileBoundaryReset, GateMonitor, RunSummary, Throughput
 from callbacks.run_page import state_sizes
 from callbacks.run_settings import settings
@@ -160,18 +161,19 @@ def test_an_error_in_the_first_step_leaves_the_options_and_the_reason(tmp_path: 
     assert session(tmp_path)[0]["model.lr"] == 0.05
 
 
-def test_other_loggers_get_scalars_and_nothing_else(tmp_path: Path) -> None:
-    module, logger = ToyModule(), CSVLogger(tmp_path, name="", version="")
+def test_without_tensorboard_nothing_is_kept_read_or_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("settings", "run_page", "layout", "FinalRun", "_logged"):
+        monkeypatch.setattr(callbacks.run_summary, name, pytest.fail)
     trainer = pl.Trainer(
-        accelerator="cpu", logger=logger, max_epochs=1, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", logger=CSVLogger(tmp_path, name="", version=""), max_epochs=1,
+        callbacks=[Throughput(2), FileBoundaryReset(), RunSummary()], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
     )  # fmt: skip
-    summary = RunSummary()
-    summary.settings = pytest.fail
-    trainer.callbacks.append(summary)
-    assert not isinstance(logger, TensorBoardLogger)
-    summary.on_train_start(trainer, module)
-    assert summary._final == [] and summary._options == {}
+    trainer.fit(ToyModule(), DataLoader(toy_batches(3), batch_size=None, collate_fn=same))
+    assert "throughput/samples_per_sec" in (tmp_path / "metrics.csv").read_text()
+    assert not (tmp_path / "final").exists()
 
 
 def test_bytes_per_stream_by_hand() -> None:
