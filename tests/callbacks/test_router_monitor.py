@@ -181,13 +181,22 @@ def test_heat_maps_are_drawn_when_due_and_at_the_end(tmp_path: Path) -> None:
 
 
 def test_a_heat_map_of_thousands_of_chapters_stays_small() -> None:
-    few, many = (
+    few, more, many = (
         heat_map(np.ones((3, n)), ["a", "b", "c"], [*map(str, range(n))], "chapter", "load")
-        for n in (10, 4097)
+        for n in (10, 12, 4097)
     )
-    assert few.get_figwidth() == 2.5 + 0.5 * 10 and len(few.axes[0].get_xticks()) == 10
+    assert more.get_figwidth() - few.get_figwidth() == pytest.approx(2 * 0.5)
+    assert len(few.axes[0].get_xticks()) == 10
     assert many.get_figwidth() < 20 and 10 < len(many.axes[0].get_xticks()) <= 32
     many.canvas.draw()
+
+
+def test_a_heat_map_has_room_for_the_names_of_its_rows() -> None:
+    names = ["layer_00/self_attn.q_proj+k_proj+v_proj.ttt_lora", "layer_01"]
+    figure = heat_map(np.ones((2, 3)), names, ["0", "1", "2"], "step", "mean")
+    figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+    assert min(box.x0 for box in boxes) >= 0
 
 
 def test_nothing_is_written_without_a_router_or_a_decision(tmp_path: Path) -> None:
