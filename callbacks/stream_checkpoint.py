@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class StreamStateCheckpoint(Callback):
@@ -67,16 +68,24 @@ def _gather(value: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def collect_gradients(module: nn.Module) -> dict[str, Tensor]:
-    """Gradients of this process, name -> a copy on the CPU."""
+    """Gradients of this process, name -> a copy on the CPU; of a sharded one its own part."""
     parameters = module.named_parameters()
-    return {name: p.grad.detach().cpu().clone() for name, p in parameters if p.grad is not None}
+    return {name: local(p.grad).cpu().clone() for name, p in parameters if p.grad is not None}
 
 
 def set_gradients(module: nn.Module, gradients: Mapping[str, Tensor]) -> None:
     """Give the named parameters these gradients; the others keep what they have."""
     parameters = dict(module.named_parameters())
     for name, gradient in gradients.items():
-        parameters[name].grad = gradient.to(parameters[name].device)
+        parameter = parameters[name]
+        parameter.grad = torch.zeros_like(parameter)
+        local(parameter.grad).copy_(gradient)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, without its graph: all of it, unless it is sharded."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def collect_rng_states() -> dict[str, Any]:

@@ -216,6 +216,19 @@ def stop(
         run(module, data, folder, *callbacks, SaveAndStop(STOP, path), **kw)
 
 
+def accumulated(folder: Path, **options: Any) -> dict[str, Any]:
+    """Two batches in a step: a run, and the one that was stopped between them and resumed."""
+    options, path = {**options, "accumulate_grad_batches": 2, "steps": 3}, folder / "open.ckpt"
+
+    def data() -> pl.LightningDataModule:
+        return VARIANTS["lact"].data(folder / "lact")
+
+    never_stopped = run(make_double("lact"), data(), folder, **options)
+    stop(make_double("lact"), data(), folder, path, **options)
+    again = run(make_double("lact"), data(), folder, ckpt_path=path, **options)
+    return {"whole": never_stopped, "again": again}
+
+
 def join_processes(rank: int, strategy: Any = "ddp") -> dict[str, Any]:
     """Options of the trainer of one of two processes, for a function of `in_two_processes`."""
     torch.set_num_threads(1)

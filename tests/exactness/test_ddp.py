@@ -11,6 +11,7 @@ from process_cases import (
     CLIP,
     TRAINER,
     BothRanks,
+    accumulated,
     adapted,
     assert_equal_to_one,
     assert_resumed,
@@ -61,6 +62,7 @@ def in_process(rank: int, folder: Path) -> None:
     for name, change in WRONG.items():
         keep(name, change(folder, options))
     keep("from_one", from_one(folder, options))
+    keep("accumulated", accumulated(folder, **options))
 
 
 def averaged(folder: Path, path: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -208,3 +210,8 @@ def test_power_with_the_states_of_rank_0_rank_1_is_not_resumed(folder: Path) -> 
         assert_resumed(second, whole[1])
     with pytest.raises(AssertionError):
         assert_resumed(first, whole[0])  # the gradients of both are averaged
+
+
+def test_resumed_between_two_batches_of_a_step_is_never_stopped(folder: Path) -> None:
+    for part in saved(folder, "accumulated"):
+        assert_resumed(part["again"], part["whole"])

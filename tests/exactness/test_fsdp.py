@@ -17,6 +17,7 @@ from process_cases import (
     STOP,
     TRAINER,
     BothRanks,
+    accumulated,
     adapted,
     assert_equal_to_one,
     assert_resumed,
@@ -63,6 +64,7 @@ def in_process(rank: int, folder: Path) -> None:
     keep("from_one", one)
     keep("adapted", adapters(folder, options))
     keep("errors", errors(folder, options))
+    keep("accumulated", accumulated(folder, **options))
     file = {**options, "strategy": FSDP2Strategy(save_distributed_checkpoint=False)}
     data = VARIANTS["lact"].data(folder / "lact", **DATA)
     stop(make_double("lact"), data, folder, folder / "file.ckpt", **file)
@@ -227,3 +229,8 @@ def test_errors_name_the_cause_and_the_fix(folder: Path) -> None:
         assert "strategy: ddp" in messages["ema"] and "strategy: ddp" in messages["compiled"]
         assert "'complete'" in messages["unmarked"] and "another" in messages["unmarked"]
         assert "nothing.ckpt" in messages["nothing"]
+
+
+def test_resumed_between_two_batches_of_a_step_is_never_stopped(folder: Path) -> None:
+    for part in saved(folder, "accumulated"):
+        assert_resumed(part["again"], part["whole"])
