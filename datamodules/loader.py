@@ -67,7 +67,11 @@ def _collate_chunk(samples: Sequence[tuple[ChunkRequest, dict[str, Tensor]]]) ->
     chunk["plan"] = plan
     if "mask" in chunk:
         # The host can tell now; a model that reads rows without padding is faster.
-        chunk["padded"] = not bool(chunk["mask"].all())
+        chunk["token_counts"] = tuple(chunk["mask"].sum(dim=1).tolist())
+        chunk["padded"] = sum(chunk["token_counts"]) < chunk["mask"].numel()
+    elif "input_ids" in chunk:
+        rows, length = chunk["input_ids"].shape
+        chunk["token_counts"] = (length,) * rows
     return chunk
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from lightning_modules.ops.states import TokensRead
 from lightning_modules.slots import Slots, map_fields
 
 Published = dict[str, dict[str, dict[str, Tensor]]]
@@ -25,6 +26,7 @@ class FastState:
         live: rows that have a file, bool `[B]`; None for all. The others count in no loss.
         group: processes that share the tokens of the rows, each with its part; None: the tokens
             are all here. The state is the same on all of them.
+        tokens_read: by the rows before this chunk, if the host knows.
     """
 
     def __init__(
@@ -36,8 +38,10 @@ class FastState:
         reading: Slots | None = None,
         live: Tensor | None = None,
         group: ProcessGroup | None = None,
+        tokens_read: TokensRead | None = None,
     ) -> None:
         self.adapt = adapt
+        self.tokens_read = tokens_read
         self.live = live
         self.group = group
         self.published: Published = {}

@@ -20,6 +20,7 @@ from lightning_modules.layers.rope import document_positions
 from lightning_modules.means import TargetMean
 from lightning_modules.models.pretrained import LeftOut
 from lightning_modules.models.shared_attention import share_attention
+from lightning_modules.models.uncached import Uncached, recomputes
 from lightning_modules.sized import SizedModule
 from lightning_modules.streams import FastState
 from lightning_modules.token_shares import own_chunk
@@ -118,6 +119,8 @@ class LanguageModule(SizedModule):
             context["position_ids"] = position_in_file(chunk)
         if "place" in chunk and self._takes_positions:
             context["position_ids"] = chunk["place"]
+        if self._takes_positions and "position_ids" not in context and not recomputes(self.model):
+            context["past_key_values"] = Uncached()
         return context
 
     def token_losses(self, chunk: Chunk, fast_state: FastState) -> Tensor:

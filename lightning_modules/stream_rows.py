@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from lightning_modules.ops.states import TokensRead
 from lightning_modules.slots import Slots
 
 NO_STREAM = -1
@@ -90,6 +91,7 @@ class Namespace:
         self.slots: Slots = {}
         self.reading: Slots = {}
         self.rows = Rows()
+        self.tokens_read: TokensRead | None = None  # by the rows, if the host knows
         self.restart = False
         self.told = False  # that the files of these rows have ended
         self.resets = 0
@@ -107,3 +109,21 @@ class StreamCounts(NamedTuple):
 
     resets: int
     continuations: int
+
+
+def begin_files(before: TokensRead | None, plan: StreamPlan) -> TokensRead | None:
+    """Tokens that the rows of a chunk have read of their files; None if the host does not know."""
+    if all(plan.is_first):
+        return TokensRead((0,) * len(plan.is_first))
+    if before is None or len(before.rows) != len(plan.is_first):
+        return None
+    pairs = zip(before.rows, plan.is_first, strict=True)
+    return TokensRead(tuple(0 if first else read for read, first in pairs))
+
+
+def read_on(before: TokensRead | None, chunk: Mapping[str, Any]) -> TokensRead | None:
+    """Tokens that rows have read behind a chunk; None if the host does not know."""
+    counts = chunk.get("token_counts")
+    if before is None or counts is None or "document_ids" in chunk:
+        return None
+    return TokensRead(tuple(read + new for read, new in zip(before.rows, counts, strict=True)))

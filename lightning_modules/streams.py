@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lightning_modules.fast_state import FastState, Published
+from lightning_modules.ops.states import TokensRead
 from lightning_modules.slots import (
     Slots,
     check_one_row,
@@ -43,6 +44,8 @@ from lightning_modules.stream_rows import (
     StreamCounts,
     StreamGapError,
     StreamPlan,
+    begin_files,
+    read_on,
 )
 
 __all__ = [
@@ -93,6 +96,7 @@ class StreamState:
         self._namespaces: dict[str, Namespace] = {}
         self._current: str | None = None
         self._last: FastState | None = None
+        self._tokens_read: TokensRead | None = None
         self._starts: dict[str | None, Slots] = {}
 
     def begin_step(self, namespace: str) -> None:
@@ -129,6 +133,8 @@ class StreamState:
         elif not space.told:
             self._tell_finished(space.rows, plan, space.slots)
         slots, reading = self._incoming(space, plan, chunk["is_first"], restart, start)
+        before = self._tokens_read if self.plans else space.tokens_read
+        tokens_read = None if start or restart else begin_files(before, plan)
         live = chunk["stream_id"] != NO_STREAM if NO_STREAM in plan.stream_id else None
         handle = FastState(
             slots,
@@ -137,7 +143,9 @@ class StreamState:
             reading=reading,
             live=live,
             group=self.group,
+            tokens_read=tokens_read,
         )
+        self._tokens_read = read_on(tokens_read, chunk)
         self.plans.append(plan)
         self.published.append(handle.published)
         self._last = handle
@@ -196,6 +204,7 @@ class StreamState:
             space.slots = map_fields(self._last.outgoing, Tensor.detach)
             space.reading = map_fields(self._last.reading, Tensor.detach)
         space.rows = Rows(self.plans[-1].stream_id, self.plans[-1].chunk_index)
+        space.tokens_read = self._tokens_read
         space.restart = space.told = False
         for plan in self.plans:
             space.count(plan)
@@ -280,6 +289,7 @@ class StreamState:
             "reading": map_fields(space.reading, lambda value: value.detach().cpu().clone()),
             "stream_id": list(space.rows.stream_id),
             "chunk_index": list(space.rows.chunk_index),
+            "tokens_read": None if space.tokens_read is None else list(space.tokens_read.rows),
             "resets": space.resets,
             "continuations": space.continuations,
         }
@@ -295,6 +305,8 @@ class StreamState:
         space.slots = map_fields(state["slots"], lambda value: value.to(device))
         space.reading = map_fields(state.get("reading", {}), lambda value: value.to(device))
         space.rows = Rows(state["stream_id"], state["chunk_index"])
+        known = state.get("tokens_read")
+        space.tokens_read = None if known is None else TokensRead(tuple(known))
         space.resets = state["resets"]
         space.continuations = state["continuations"]
         self._namespaces[namespace] = space

@@ -330,6 +330,7 @@ class LaCTLayer(FastNetworks):
             mask=problem.mask,
             document_ids=problem.document_ids,
             state=memory,
+            tokens_read=None if fast_state is None else fast_state.tokens_read,
             adapt=fast_state is None or fast_state.adapt,
             recompute=update.recompute,
             group=None if fast_state is None else fast_state.group,

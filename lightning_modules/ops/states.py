@@ -8,9 +8,24 @@ a causal call (0 if not causal: its end closes the last mini-batch, nothing is p
 Floating tensors are float32, or float64 if the inputs are.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokensRead:
+    """What the host knows of the rows of a state, so that planning a call need not ask the device.
+
+    An object of its own, because compiled code passes it on without looking inside: numbers would
+    be compiled in.
+
+    Attributes:
+        rows: unmasked tokens that each row has read since its document began.
+    """
+
+    rows: tuple[int, ...]
 
 
 class TTTLinearState(NamedTuple):

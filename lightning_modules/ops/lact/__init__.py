@@ -12,7 +12,7 @@ from lightning_modules.ops.checks import select_backend
 from lightning_modules.ops.lact.checks import check_lact
 from lightning_modules.ops.lact.eager import eager_lact
 from lightning_modules.ops.lact.naive import naive_lact
-from lightning_modules.ops.states import LaCTState
+from lightning_modules.ops.states import LaCTState, TokensRead
 
 BACKENDS = {"torch": eager_lact, "naive": naive_lact}
 
@@ -38,6 +38,7 @@ def lact(
     mask: Tensor | None = None,
     document_ids: Tensor | None = None,
     state: LaCTState | None = None,
+    tokens_read: TokensRead | None = None,
     adapt: bool = True,
     recompute: bool = False,
     group: ProcessGroup | None = None,
@@ -81,6 +82,8 @@ def lact(
         state: what an earlier call with the same options returned; None, or all zeros in a row:
             start from the learned weights. Where it carries no autograd graph, its weights count
             as `W + (w - w.detach())`: the learned ones get their gradient, the value stays.
+        tokens_read: of the state's rows, if the host knows: then a state without documents does not
+            make the call wait for the device. Must be true. None: ask the state.
         adapt: False reads without writing: chunks end, the weights stay as they are.
         recompute: keep no activation inside a chunk for the backward pass: it computes them again.
         group: processes that share the rows: each brings the p-th of P parts of the same length T,
@@ -112,6 +115,7 @@ def lact(
         "mask": mask,
         "document_ids": document_ids,
         "state": state,
+        "tokens_read": tokens_read,
         "adapt": adapt,
         "recompute": recompute,
         "group": group,

@@ -11,7 +11,7 @@ from lightning_modules.ops.checks import (
     check_state_class,
     check_tokens,
 )
-from lightning_modules.ops.states import LaCTState
+from lightning_modules.ops.states import LaCTState, TokensRead
 
 
 def check_lact(
@@ -33,6 +33,7 @@ def check_lact(
     mask: Tensor | None,
     document_ids: Tensor | None,
     state: LaCTState | None,
+    tokens_read: TokensRead | None,
     adapt: bool,
     recompute: bool,
     group: ProcessGroup | None,
@@ -54,6 +55,8 @@ def check_lact(
     check_document_ids(document_ids, q)
     if state is not None:
         _check_state(state, q, lr, w0, chunk_size, momentum is not None, prenorm)
+    if tokens_read is not None and len(tokens_read.rows) != len(q):
+        raise ValueError(f"tokens_read must be of {len(q)} rows, but is of {len(tokens_read.rows)}")
 
 
 def _check_weights(q: Tensor, w0: Tensor, w1: Tensor, w2: Tensor) -> None:

@@ -22,7 +22,7 @@ from lightning_modules.ops.lact.memory import (
     written,
 )
 from lightning_modules.ops.lact.plan import plan
-from lightning_modules.ops.states import LaCTState
+from lightning_modules.ops.states import LaCTState, TokensRead
 
 
 def eager_lact(*arguments: Any, **options: Any) -> tuple[Tensor, LaCTState]:
@@ -60,6 +60,7 @@ def _run(
     mask: Tensor | None,
     document_ids: Tensor | None,
     state: LaCTState | None,
+    tokens_read: TokensRead | None,
     adapt: bool,
     recompute: bool,
     group: ProcessGroup | None,
@@ -68,7 +69,7 @@ def _run(
     rule = Rule(chunk_size, muon, muon_dtype, prenorm, residual, greedy, group)
     tokens = [k, v, lr.flatten(3)] + ([] if momentum is None else [momentum.unsqueeze(-1)])
     with torch.autocast("cpu" if q.device.type == "meta" else q.device.type, enabled=False):
-        layout = plan(q, chunk_size, mask, document_ids, state, adapt, group)
+        layout = plan(q, chunk_size, mask, document_ids, state, tokens_read, adapt, group)
         learned = memory = learned_memory((w0, w1, w2), dtype, momentum is not None, prenorm)
         held = None
         if state is not None and layout.carries:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import silu
 
-from lightning_modules.ops.states import LaCTState
+from lightning_modules.ops.states import LaCTState, TokensRead
 
 Weights = tuple[Tensor, ...]
 """W0 `[r, H, F, D]`, W1 `[r, H, D, F]` and W2 `[r, H, F, D]`, or something of their shapes."""
@@ -204,6 +204,7 @@ def naive_lact(
     mask: Tensor | None,
     document_ids: Tensor | None,
     state: LaCTState | None,
+    tokens_read: TokensRead | None,
     adapt: bool,
     recompute: bool,
     group: ProcessGroup | None,

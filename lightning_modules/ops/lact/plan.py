@@ -10,7 +10,7 @@ from lightning_modules.ops.grid import Grid, Progress, inverse, plan_grid
 from lightning_modules.ops.lact.layout import Counts, Even, Slots, Uneven
 from lightning_modules.ops.lact.shared import Shared, share_of
 from lightning_modules.ops.processes import gather_flags, own_part
-from lightning_modules.ops.states import LaCTState
+from lightning_modules.ops.states import LaCTState, TokensRead
 
 
 class _Facts(NamedTuple):
@@ -35,10 +35,14 @@ def plan(
     mask: Tensor | None,
     document_ids: Tensor | None,
     state: LaCTState | None,
+    tokens_read: TokensRead | None,
     adapt: bool,
     group: ProcessGroup | None,
 ) -> Even | Uneven | Shared:
-    """Plan a call. A state, documents or a group make it wait for the device, else it does not.
+    """Plan a call.
+
+    It waits for the device if there are documents, a group, or a state of which the host does not
+    know how many tokens its rows have read.
 
     Args:
         q: queries, `[B, T, H, D]`.
@@ -48,17 +52,27 @@ def plan(
     if group is not None:
         return _shared(q, size, *gather_flags(mask, document_ids, group), state, adapt, group)
     if mask is None and document_ids is None:
-        common = (False, 0) if state is None else _in_common(state)
+        common = (False, 0) if state is None else _in_common(state, size, tokens_read)
         if common is not None:
             return _even(q, size, *common, adapt, state)
-    return _uneven(q, size, mask, document_ids, state, adapt)
+    return _uneven(q, size, mask, document_ids, state, tokens_read, adapt)
 
 
-def _in_common(state: LaCTState) -> tuple[bool, int] | None:
+def _in_common(
+    state: LaCTState, size: int, tokens_read: TokensRead | None
+) -> tuple[bool, int] | None:
     """Whether the rows have seen something, and their pending tokens; None if they differ."""
+    if tokens_read is not None:
+        known = {(read > 0, _pending(read, size)) for read in tokens_read.rows}
+        return known.pop() if len(known) == 1 else None
     counts = torch.stack([state.tokens_seen, state.pending_count]).tolist()
     rows = {(seen > 0, pending * (seen > 0)) for seen, pending in zip(*counts, strict=True)}
     return rows.pop() if len(rows) == 1 else None
+
+
+def _pending(read: int, size: int) -> int:
+    """Tokens in the open chunk of a row that has read so many: a full one stays open, too."""
+    return (read - 1) % size + 1 if read else 0
 
 
 def _even(
@@ -129,6 +143,7 @@ def _uneven(
     mask: Tensor | None,
     document_ids: Tensor | None,
     state: LaCTState | None,
+    tokens_read: TokensRead | None,
     adapt: bool,
 ) -> Uneven:
     """The layout of any rows: the grid of what they hold and read, and what follows from it."""
@@ -136,6 +151,8 @@ def _uneven(
     held = chart.chunk[:, : chart.pending] >= 0
     if state is None and document_ids is None:
         facts = _bounds(len(chart.rows), size, q.shape[1], adapt)
+    elif tokens_read is not None and document_ids is None:
+        facts = _bounds_behind(tokens_read.rows, size, q.shape[1], adapt)
     else:
         facts = _read_facts(chart.grid, held.sum(1), chart.rows, ~chart.seen)
     own_chunk, own_place = (x[:, chart.pending :] for x in (chart.chunk, chart.place))
@@ -214,6 +231,21 @@ def _bounds(count: int, size: int, time: int, adapt: bool) -> _Facts:
     return _Facts(widths, [False] + [adapt] * (count - 1), [False] * count, False)
 
 
+def _bounds_behind(read: tuple[int, ...], size: int, time: int, adapt: bool) -> _Facts:
+    """The same behind a state whose rows have read so many tokens.
+
+    The call's chunk 0 is the open one of the state; a row that has read nothing has none, and
+    begins with chunk 1.
+    """
+    begins = [_pending(some, size) or size for some in read]
+    starts = range(0, max(begins) + time, size)
+    widths = [max(min(b + time, n + size) - max(b, n) for b in begins) for n in starts]
+    held = [b for b, some in zip(begins, read, strict=True) if some]
+    first_writes = any(b + time > size for b in held)
+    writes = [adapt and (first_writes if n == size else n > size) for n in starts]
+    return _Facts([max(0, w) for w in widths], writes, [False] * len(starts), 0 in read)
+
+
 def _read_facts(grid: Grid, ahead: Tensor, writing: Tensor, fresh: Tensor) -> _Facts:
     """The facts from the device, without the chunks at the end that no row reaches."""
     reading = torch.cat([grid.fill[:1] - ahead, grid.fill[1:]])
@@ -231,12 +263,22 @@ def _read_facts(grid: Grid, ahead: Tensor, writing: Tensor, fresh: Tensor) -> _F
 def _slots(chunk: Tensor, place: Tensor, valid: Tensor, widths: list[int]) -> Slots:
     """Slots for the valid tokens, from the chunk of each and its place in that, `[B, S]`."""
     batch = len(chunk)
-    width = torch.tensor([*widths, 0], device=chunk.device)
+    width = _on_device([*widths, 0], chunk.device)
     start = batch * (width.cumsum(0) - width)
     at = torch.where(valid, chunk, len(widths))
     row = torch.arange(batch, device=chunk.device).unsqueeze(1)
     slot = torch.where(valid, start[at] + row * width[at] + place, -1).flatten()
     return Slots(slot, inverse(slot, batch * sum(widths)), widths)
+
+
+def _on_device(values: list[int], device: torch.device) -> Tensor:
+    """Integers on a device, which is not waited for."""
+    host = torch.tensor(values)
+    return (
+        host.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else host.to(device)
+    )
 
 
 def _updates(
