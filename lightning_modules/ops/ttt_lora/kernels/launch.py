@@ -222,12 +222,13 @@ def output_options(call: Call, output_norm: Tensor | None) -> dict[str, Any]:
 
 
 def warps(call: Call, d: int) -> dict[str, int]:
-    """Warps of a program: one is enough for small tiles, and waits for no other.
+    """Warps of a program: one is enough for tiles of 16 x 16, and waits for no other.
 
     Loops are not pipelined by the compiler: the scans fetch a block ahead by themselves.
     """
-    few = max(call.plan.tile, padded(d + 1)) <= 32
-    return {"num_warps": 1 if few else 4, "num_stages": 1}
+    keys, values = padded(d + 1), padded(d)
+    largest = max(call.plan.tile * keys, keys * values)
+    return {"num_warps": 1 if largest <= 256 else 4 if largest <= 1024 else 8, "num_stages": 1}
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
