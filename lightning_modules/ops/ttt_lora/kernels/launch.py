@@ -45,7 +45,7 @@ def forward(
     open_eta = exact(batch, call.size, group)
     progress = q.new_empty(3, batch, dtype=torch.int64)
     shape, common = strides(q, eta), options(call, q, base, norm, start)
-    extent, kernel = (time, plan.blocks, plan.slots, group), warps(call, d)
+    extent = (time, plan.blocks, plan.slots, group)
     placed = given((plan.entries, plan.rows, plan.mask), k)
     with on_device(q):
         scan_kernel[(batch * group,)](
@@ -53,13 +53,13 @@ def forward(
             *given((start, *pending, *before, norm), k),
             *(*placed, kept, kept_open, change, open_k, open_v, open_eta, progress),
             *(*shape, *extent, call.eps),
-            **(common | kernel),
+            **(common | warps(call, d, SCANNING)),
         )
         read_kernel[(plan.blocks, batch * group)](
             *(q, k, v, eta, base),
             *given((before[0], norm, output_norm), k),
             *(*placed, kept, kept_open, o, *shape, *extent, call.eps, call.output_eps),
-            **(common | output_options(call, output_norm) | kernel),
+            **(common | output_options(call, output_norm) | warps(call, d, READING)),
         )
     return o, change, open_k, open_v, open_eta, progress, kept, kept_open
 
@@ -90,7 +90,8 @@ def backward(
     of_pending, of_base, of_start = (exact(batch, group, *matrix) for _ in "pbs")
     common, outputs = options(call, q, base, norm, start), output_options(call, output_norm)
     extent, eps = (time, blocks, plan.slots, group), (call.eps, call.output_eps)
-    shape, kernel = strides(q, eta), warps(call, d)
+    shape = strides(q, eta)
+    scanning, reading = warps(call, d, SCANNING), warps(call, d, READING)
     placed = given((plan.entries, plan.rows, plan.mask), k)
     norms = given((before[0], norm, output_norm), k)
     new, of_eta = like(tokens, base), exact(batch, time, group)
@@ -100,19 +101,19 @@ def backward(
         read_backward_kernel[(blocks, rows)](
             *(q, k, v, eta, base, *norms, *placed, *kept, grad_o, reads, of_error),
             *(*shape, *extent, *eps),
-            **(common | outputs | kernel),
+            **(common | outputs | reading),
         )
         scan_backward_kernel[(rows,)](
             *(k, v, eta, base, *given((start, *pending, before[0], norm), k), *placed, kept[0]),
             *given((change,), k),
             *(reads, of_error, pulls, of_pending, of_base, of_start, *shape, *extent, call.eps),
-            **(common | {"FINAL": change is not None} | kernel),
+            **(common | {"FINAL": change is not None} | scanning),
         )
         token_backward_kernel[(blocks, rows)](
             *(q, k, v, eta, base, *norms, *placed, *kept, grad_o, pulls, of_error),
             *given(opened, k),
             *(of_q, of_k, of_v, of_eta, *sums, *shape, *of_q.stride()[:3], *extent, *eps),
-            **(common | outputs | {"OPEN": opened[0] is not None} | kernel),
+            **(common | outputs | {"OPEN": opened[0] is not None} | reading),
         )
         of_held: Given = (None, None, None)
         if start is not None and (of_state or norm is not None):
@@ -159,10 +160,16 @@ def pending_backward(
         *(*given(opened, base), *held, sums, time, group, call.eps),
         **{key: common[key] for key in PENDING_OPTIONS},
         OPEN=opened[0] is not None,
-        **warps(call, d),
+        **warps(call, d, READING),
     )
     return tuple(held), sums
 
+
+SCANNING = 4
+"""Warps of a scan, whose programs are too few to fill the chip: it waits for each product."""
+
+READING = 1
+"""Warps of the programs of single blocks, which are many."""
 
 PENDING_OPTIONS = ("SIZE", "D", "M", "BK", "BD", "ACC", "LN", "PLANNED")
 
@@ -221,14 +228,14 @@ def output_options(call: Call, output_norm: Tensor | None) -> dict[str, Any]:
     return {"WIDTH": call.width, **features}
 
 
-def warps(call: Call, d: int) -> dict[str, int]:
-    """Warps of a program: one is enough for tiles of 16 x 16, and waits for no other.
+def warps(call: Call, d: int, few: int) -> dict[str, int]:
+    """Warps of a program: `few` for tiles of 16 x 16, more for larger ones.
 
-    Loops are not pipelined by the compiler: the scans fetch a block ahead by themselves.
+    The compiler does not pipeline loops: the scans fetch a block ahead by themselves.
     """
     keys, values = padded(d + 1), padded(d)
     largest = max(call.plan.tile * keys, keys * values)
-    return {"num_warps": 1 if largest <= 256 else 4 if largest <= 1024 else 8, "num_stages": 1}
+    return {"num_warps": few if largest <= 256 else 4 if largest <= 1024 else 8, "num_stages": 1}
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
