@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import triton_cases  # noqa: F401  (interprets the kernels)
+from torch.utils.checkpoint import checkpoint
 from ttt_cases import assert_same, differentiate, outputs, random_flags, run_in_pieces
 from ttt_lora_cases import FORMS, LoRACase, carried_state, case_of, make_case, with_everything
 
@@ -77,6 +78,20 @@ def test_second_derivatives_are_not_implemented() -> None:
     o, _ = case.run("triton")
     with pytest.raises(NotImplementedError, match=r"no second derivatives.*'naive'"):
         torch.autograd.grad(o.sum(), q, create_graph=True)
+
+
+def test_checkpointed_and_without_gradients_it_is_the_same() -> None:
+    case = make_case(time=3, mini_batch_size=2, size=2, batch=1)
+    expected, expected_gradients = differentiate(case, "triton")
+
+    def recomputed(call: LoRACase) -> Any:
+        return checkpoint(lambda: call.run("triton"), use_reentrant=False)
+
+    actual, gradients = differentiate(case, recomputed)
+    assert_same(actual, expected, 0, "checkpointed")
+    assert_same(gradients, expected_gradients, 0, "checkpointed: gradient of")
+    with torch.no_grad():
+        assert_same(outputs(*case.run("triton")), expected, 0, "no_grad")
 
 
 def cell(form: str, backend: str, residual: bool, width: int, mask: bool) -> list[torch.Tensor]:
