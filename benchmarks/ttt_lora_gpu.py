@@ -17,6 +17,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ from torch.nn import functional as F
 from training_runs import machine
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from lightning_modules.layers import ttt_lora as layer
 from lightning_modules.layers.in_place_mlp import InPlaceConfig
 from lightning_modules.layers.ttt_lora import TTTLoRAOptions
 from lightning_modules.models.in_place import InPlaceOptions
 from lightning_modules.models.projection_lora import ProjectionLoRA
 from lightning_modules.models.ttt_lora import TTTLoRAPlacement, inject_method
+from lightning_modules.ops import ttt_lora_cell
 from lightning_modules.streams import FastState
 
 SIZES = {
@@ -58,6 +61,7 @@ ARMS = {
     "peft LoRA, rank 16": ("lora", {}),
     "In-Place TTT, every 4th layer": ("in_place", {}),
     "TTT-LoRA, m = 16": ("ttt_lora", {}),
+    "TTT-LoRA, m = 16, torch backend": ("ttt_lora", {}),
     "TTT-LoRA, m = 16, a linear layer at a time": ("ttt_lora", {"group_siblings": False}),
     "TTT-LoRA, m = 64": ("ttt_lora", {"learner": TTTLoRAOptions(mini_batch_size=64)}),
 }
@@ -122,11 +126,17 @@ def measure(step: Callable[[], Tensor], repeats: int, device: str) -> tuple[list
     return times, torch.cuda.max_memory_allocated() / 2**30
 
 
-def rows(sizes: dict[str, Any], shape: tuple[int, int], repeats: int, device: str) -> list[str]:
-    """A line of the table for every arm."""
+def rows(
+    sizes: dict[str, Any], shape: tuple[int, int], repeats: int, device: str, only: list[str]
+) -> list[str]:
+    """A line of the table for every arm, or for those whose names have one of these words."""
     ids = torch.randint(0, sizes["vocab_size"], (shape[0], shape[1] + 1), device=device)
     lines, expected, lora = [], None, None
     for name, (method, placement) in ARMS.items():
+        if only and not any(word in name for word in only):
+            continue
+        backend = "torch" if name.endswith("torch backend") else "auto"
+        layer.ttt_lora_cell = partial(ttt_lora_cell, backend=backend)
         model = make_model(method, placement, sizes, device)
         with torch.no_grad():
             logits = model(input_ids=ids[:1, :-1], use_cache=False).logits
@@ -156,6 +166,7 @@ def main() -> None:
     )
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--only", nargs="*", default=[], help="words in the names of arms to run")
     parser.add_argument("--out", type=Path, help="file to write")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -164,7 +175,7 @@ def main() -> None:
         "| arm | step ms [p10, p90] | / LoRA | peak GiB | trained | new adapter = base |",
         "|---|---|---|---|---|---|",
     ]
-    lines = rows(TINY if options.tiny else SIZES, shape, options.repeats, device)
+    lines = rows(TINY if options.tiny else SIZES, shape, options.repeats, device, options.only)
     table = "\n".join([*head, *lines, "", str(machine(("torch", "transformers", "peft")))])
     print(table)
     if options.out:

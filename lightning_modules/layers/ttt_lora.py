@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_modules.ops import TTTLoRAState, ttt_lora
+from lightning_modules.ops import TTTLoRAState, ttt_lora_cell
 
 FAST = frozenset({"w_base", "b_base"})
 """Names of the learned initial fast weights."""
@@ -124,9 +124,11 @@ class TTTLoRACell(nn.Module):
 
         Args:
             y: output of the linear layer, `[B, T, out]`.
-            read: what was read, `[B, T, d]`.
+            read: what was read, `[B, T, d]`, or with columns behind d that are zero.
         """
         weight = self.theta_out.weight.to(y.dtype)
+        if read.shape[-1] > self.inner_dim:
+            weight = F.pad(weight, (0, read.shape[-1] - self.inner_dim))
         rows = torch.addmm(
             y.flatten(0, 1),
             read.to(y.dtype).flatten(0, 1),
@@ -140,16 +142,30 @@ class Inputs(NamedTuple):
     """What the learners of a group are given.
 
     Attributes:
-        k: keys, normalised, `[B, T, G, d]`.
-        q: queries, normalised.
-        v: values.
+        projected: keys, queries and values of all as they are projected, `[B, T, P]`, P the
+            multiple of 8 from `3 G d` on.
         eta: step sizes, `[G]`, or `[B, T, G]` with a rate per token.
+        size: d.
     """
 
-    k: Tensor
-    q: Tensor
-    v: Tensor
+    projected: Tensor
     eta: Tensor
+    size: int
+
+    @property
+    def k(self) -> Tensor:
+        """Keys, normalised, `[B, T, G, d]`, in float32 (float64 if they are projected in it)."""
+        return F.normalize(self._part(0), dim=-1, eps=1e-12)
+
+    @property
+    def v(self) -> Tensor:
+        """Values, as `k` but not normalised."""
+        return self._part(2)
+
+    def _part(self, index: int) -> Tensor:
+        inner = self.projected[..., : 3 * self.eta.shape[-1] * self.size]
+        part = inner.unflatten(-1, (3, -1, self.size))[:, :, index]
+        return part.to(torch.promote_types(part.dtype, torch.float32))
 
 
 def project(cells: Sequence[TTTLoRACell], x: Tensor) -> Inputs:
@@ -160,19 +176,21 @@ def project(cells: Sequence[TTTLoRACell], x: Tensor) -> Inputs:
         x: their input, `[B, T, in]`.
 
     Returns:
-        In float32 (float64 if x is): only the product is computed in the dtype of x.
+        Projections in the dtype of the product, step sizes in float32 (float64 if x is).
     """
-    count, size = len(cells), cells[0].inner_dim
+    size = cells[0].inner_dim
     maps = [getattr(cell, name) for name in ("theta_k", "theta_q", "theta_v") for cell in cells]
     rates = [cell.lr_token for cell in cells if cell.lr_token is not None]
-    weight = torch.cat([layer.weight for layer in (*maps, *rates)]).to(x.dtype)
-    projected = F.linear(x, weight)
-    projected = projected.to(torch.promote_types(projected.dtype, torch.float32))
-    inner, rate = projected.split([3 * count * size, len(rates)], dim=-1)
-    k, q, v = inner.unflatten(-1, (3, count, size)).unbind(2)
-    gate = torch.cat([cell.lr_gate for cell in cells]).to(projected.dtype)
-    eta = torch.sigmoid(gate + rate if rates else gate)
-    return Inputs(F.normalize(k, dim=-1, eps=1e-12), F.normalize(q, dim=-1, eps=1e-12), v, eta)
+    weights = [layer.weight for layer in (*maps, *rates)]
+    used = 3 * len(cells) * size + len(rates)
+    if used % 8:  # rows of 16 bytes, which a GPU's matrix product reads as such
+        weights.append(weights[0].new_zeros(-used % 8, x.shape[-1]))
+    projected = F.linear(x, torch.cat(weights).to(x.dtype))
+    dtype = torch.promote_types(projected.dtype, torch.float32)
+    gate = torch.cat([cell.lr_gate for cell in cells]).to(dtype)
+    if rates:
+        gate = gate + projected[..., used - len(rates) : used].to(dtype)
+    return Inputs(projected, torch.sigmoid(gate), size)
 
 
 def read_and_learn(
@@ -183,6 +201,7 @@ def read_and_learn(
     document_ids: Tensor | None = None,
     state: TTTLoRAState | None = None,
     adapt: bool = True,
+    shared: dict[Any, Any] | None = None,
 ) -> tuple[Tensor, TTTLoRAState]:
     """Read tokens with the fast weights of G cells, and let the tokens write into them.
 
@@ -193,42 +212,37 @@ def read_and_learn(
         document_ids: `[B, T]`; None: one document without end.
         state: with an axis of G (`ops.TTTLoRAState`); None: fresh.
         adapt: False reads without writing.
+        shared: as in `ops.ttt_lora_cell`.
 
     Returns:
-        For `TTTLoRACell.output`, `[B, T, G, d]`, and the state after the last token.
+        For `TTTLoRACell.output`, `[B, T, G, d]` (perhaps with zeros behind d), and the state after
+        the last token.
     """
-    options, norm = cells[0].options, stacked_norm(cells)
-    o, after = ttt_lora(
-        *(inputs.q, inputs.k, inputs.v, inputs.eta),
-        *(torch.stack([getattr(cell, name) for cell in cells]) for name in ("w_base", "b_base")),
+    options, norms = cells[0].options, [cell.norm for cell in cells if cell.norm is not None]
+    weights = torch.cat([x for cell in cells for x in (cell.w_base, cell.b_base.unsqueeze(0))])
+    norm = torch.cat([x for norm in norms for x in (norm.weight, norm.bias)]) if norms else None
+    return ttt_lora_cell(
+        inputs.projected,
+        inputs.eta,
+        weights.unflatten(0, (len(cells), -1)),
         mini_batch_size=options.mini_batch_size,
         mode=options.mode,
         loss=options.loss,
+        norm=None if norm is None else norm.view(len(cells), 2, -1),
+        norm_eps=norms[0].eps if norms else 1e-5,
+        q_residual=options.q_residual,
         mask=mask,
         document_ids=document_ids,
         state=state,
         adapt=adapt,
-        **loss_norm(cells),
+        shared=shared,
     )
-    if norm is not None:
-        scale, shift, eps = norm
-        normed = F.layer_norm(o, o.shape[-1:], eps=eps)
-        o = torch.addcmul(shift.to(o.dtype), normed, scale.to(o.dtype))
-    return o + inputs.q if options.q_residual else o, after
-
-
-def stacked_norm(cells: Sequence[TTTLoRACell]) -> tuple[Tensor, Tensor, float] | None:
-    """Scale and shift `[G, d]` of the output norms, and what is added to the variance."""
-    norms = [cell.norm for cell in cells if cell.norm is not None]
-    if not norms:
-        return None
-    scale, shift = (torch.stack([getattr(n, x) for n in norms]) for x in ("weight", "bias"))
-    return scale, shift, norms[0].eps
 
 
 def loss_norm(cells: Sequence[TTTLoRACell]) -> dict[str, Any]:
     """The norm's arguments of `ops.ttt_lora` and `inner_loss`; none if the loss is plain."""
-    norm = stacked_norm(cells)
-    if cells[0].options.loss == "plain" or norm is None:
+    norms = [cell.norm for cell in cells if cell.norm is not None]
+    if cells[0].options.loss == "plain" or not norms:
         return {}
-    return dict(zip(("norm_weight", "norm_bias", "norm_eps"), norm, strict=True))
+    scale, shift = (torch.stack([getattr(n, x) for n in norms]) for x in ("weight", "bias"))
+    return {"norm_weight": scale, "norm_bias": shift, "norm_eps": norms[0].eps}

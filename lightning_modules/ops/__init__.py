@@ -15,7 +15,7 @@ from lightning_modules.ops.states import (
     TTTMLPState,
 )
 from lightning_modules.ops.ttt_linear import ttt_linear
-from lightning_modules.ops.ttt_lora import ttt_lora
+from lightning_modules.ops.ttt_lora import ttt_lora, ttt_lora_cell
 from lightning_modules.ops.ttt_mlp import ttt_mlp
 
 __all__ = [
@@ -31,5 +31,6 @@ __all__ = [
     "quantize_rows",
     "ttt_linear",
     "ttt_lora",
+    "ttt_lora_cell",
     "ttt_mlp",
 ]

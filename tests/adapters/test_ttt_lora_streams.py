@@ -9,7 +9,7 @@ import pytest
 import torch
 from architecture_cases import VOCABULARY
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, layer_norm, normalize
 from transformers import DynamicCache
 from ttt_lora_tuner_cases import (
     CAUSAL,
@@ -57,11 +57,16 @@ def test_logits_before_a_changed_token_stay_bit_identical(method: str) -> None:
     assert max(changed_before(model, t) for t in (1, MINI_BATCH, 6, LENGTH - 1)) == 0
 
 
-def _read_updated_ttt_lora(q: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Any]:
+def _read_updated_ttt_lora(
+    projected: Tensor, eta: Tensor, base: Tensor, **options: Any
+) -> tuple[Tensor, Any]:
     """Wrong: outputs from the weights that the same tokens have already changed."""
-    _, after = ttt_lora_op(q, *args, **options)
-    w, b = args[3] + after.dw, args[4] + after.db
-    return torch.einsum("btgd,bgde->btge", q, w) + b.unsqueeze(1), after
+    _, after = ttt_lora_op(projected, eta, base, **options)
+    group, _, d = base.shape
+    q = projected[..., : 3 * group * d].unflatten(-1, (3, group, d))[:, :, 1]
+    w, b = base[:, :-1] + after.dw, base[:, -1] + after.db
+    o = torch.einsum("btgd,bgde->btge", normalize(q, dim=-1), w) + b.unsqueeze(1)
+    return layer_norm(o, (d,)), after
 
 
 def _read_updated_in_place(z: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Any]:
@@ -70,14 +75,14 @@ def _read_updated_in_place(z: Tensor, *args: Any, **options: Any) -> tuple[Tenso
     return z @ (args[1] + after.dw).mT, after
 
 
-ttt_lora_op, in_place_op = ttt_lora_layer.ttt_lora, in_place_layer.in_place
+ttt_lora_op, in_place_op = ttt_lora_layer.ttt_lora_cell, in_place_layer.in_place
 
 
 @every_method
 def test_wrong_variant_that_reads_updated_weights_is_found(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ttt_lora_layer, "ttt_lora", _read_updated_ttt_lora)
+    monkeypatch.setattr(ttt_lora_layer, "ttt_lora_cell", _read_updated_ttt_lora)
     monkeypatch.setattr(in_place_layer, "in_place", _read_updated_in_place)
     # The state that is read too early is closed by token 11 (mini-batches of 4).
     assert changed_before(adapted(method, dtype=torch.float32), 11) > 1e-4

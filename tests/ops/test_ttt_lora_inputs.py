@@ -84,7 +84,7 @@ def test_no_tokens_and_integers_are_errors(case: LoRACase) -> None:
 
 
 def test_unknown_backend_lists_the_known_ones(case: LoRACase) -> None:
-    with pytest.raises(ValueError, match=r"ttt_lora .*'cuda'.*'auto', 'torch', 'naive'"):
+    with pytest.raises(ValueError, match=r"ttt_lora .*'cuda'.*'auto', 'torch', 'triton', 'naive'"):
         case.run("cuda")
 
 

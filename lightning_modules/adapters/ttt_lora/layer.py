@@ -83,6 +83,7 @@ class SiblingGroup:
             document_ids=context.document_ids,
             state=before,
             adapt=handle is None or handle.adapt,
+            shared=context.computed.setdefault(f"shared/{self.slot.rpartition('.')[2]}", {}),
         )
         if handle is not None:
             handle.write(self.slot, after)

@@ -4,16 +4,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from lightning_modules.ops.checks import select_backend
 from lightning_modules.ops.states import TTTLoRAState
+from lightning_modules.ops.ttt_lora.cell import ttt_lora_cell
 from lightning_modules.ops.ttt_lora.checks import check_ttt_lora
-from lightning_modules.ops.ttt_lora.eager import eager_ttt_lora
+from lightning_modules.ops.ttt_lora.choose import choose_backend
 from lightning_modules.ops.ttt_lora.loss import inner_loss
-from lightning_modules.ops.ttt_lora.naive import naive_ttt_lora
 
-BACKENDS = {"torch": eager_ttt_lora, "naive": naive_ttt_lora}
-
-__all__ = ["inner_loss", "ttt_lora"]
+__all__ = ["inner_loss", "ttt_lora", "ttt_lora_cell"]
 
 
 def ttt_lora(
@@ -82,8 +79,8 @@ def ttt_lora(
             a row: start from w_base and b_base.
         adapt: False is eta 0 for all tokens of the call: they read and take places, but never
             write.
-        backend: "torch" (fast), "naive" (a loop over tokens that defines the result), or "auto"
-            (the fastest there is).
+        backend: "torch", "triton" (kernels for a GPU: float32 or bfloat16, d up to 64), "naive" (a
+            loop over tokens that defines the result), or "auto" (triton where it can run).
 
     Returns:
         Outputs `[B, T, d]` before the output norm, in the dtype of q, and the state after the last
@@ -94,12 +91,13 @@ def ttt_lora(
     Raises:
         ValueError: if shapes, dtypes or options do not fit together.
         TypeError: if the state is of another op.
+        RuntimeError: "triton" was asked for where it cannot run.
     """
-    run = select_backend("ttt_lora", backend, BACKENDS)
     norm = (norm_weight, norm_bias)
     check_ttt_lora(
         q, k, v, eta, w_base, b_base, mini_batch_size, mode, loss, norm, mask, document_ids, state
     )
+    _, run = choose_backend(backend, q, mini_batch_size)
     single = q.dim() == 3
     if single:
         q, k, v = q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2)

@@ -1,0 +1,243 @@
+"""Buffers and launches of the Triton kernels of TTT-as-LoRA."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from lightning_modules.ops.ttt_lora.choose import padded
+from lightning_modules.ops.ttt_lora.fused import Call
+from lightning_modules.ops.ttt_lora.kernels.backward import (
+    read_backward_kernel,
+    scan_backward_kernel,
+)
+from lightning_modules.ops.ttt_lora.kernels.forward import read_kernel, scan_kernel
+from lightning_modules.ops.ttt_lora.kernels.tokens import (
+    pending_backward_kernel,
+    token_backward_kernel,
+)
+
+Given = tuple[Tensor | None, ...]
+
+
+def forward(
+    call: Call,
+    before: Given,
+    eta: Tensor,
+    base: Tensor,
+    start: Tensor | None,
+    pending: Given,
+    norm: Tensor | None,
+    output_norm: Tensor | None,
+    tokens: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """What `_Fused` returns: the fields of `Result`, and the changes kept for backward."""
+    q, k, v = split(tokens, base)
+    batch, time, group, d = q.shape
+    plan, exact = call.plan, base.new_empty
+    kept = exact(batch, group, plan.slots, d + 1, d)
+    kept_open = torch.empty_like(kept) if call.mode_b else exact(0)
+    change, o = exact(batch, group, d + 1, d), q.new_empty(batch, time, group, call.width)
+    open_k, open_v = (exact(batch, call.size, group, d) for _ in "kv")
+    open_eta = exact(batch, call.size, group)
+    progress = q.new_empty(3, batch, dtype=torch.int64)
+    shape, common = strides(q, eta), options(call, q, base, norm, start)
+    extent = (time, plan.blocks, plan.slots, group)
+    placed = given((plan.entries, plan.rows, plan.mask), k)
+    with on_device(q):
+        scan_kernel[(batch * group,)](
+            *(k, v, eta, base),
+            *given((start, *pending, *before, norm), k),
+            *(*placed, kept, kept_open, change, open_k, open_v, open_eta, progress),
+            *(*shape, *extent, call.eps),
+            **(common | warps(call, d, SCANNING)),
+        )
+        read_kernel[(plan.blocks, batch * group)](
+            *(q, k, v, eta, base),
+            *given((before[0], norm, output_norm), k),
+            *(*placed, kept, kept_open, o, *shape, *extent, call.eps, call.output_eps),
+            **(common | output_options(call, output_norm) | warps(call, d, READING)),
+        )
+    return o, change, open_k, open_v, open_eta, progress, kept, kept_open
+
+
+def backward(
+    call: Call, before: Given, inputs: Given, kept: Given, grads: Given, of_state: bool
+) -> Given:
+    """Gradients of the inputs of `_Fused` from `eta` on.
+
+    Args:
+        call: of the forward pass.
+        before: the state's integers.
+        inputs: of the forward pass.
+        kept: by it.
+        grads: of outputs, the change, the open mini-batch; None: zero.
+        of_state: whether the gradients of the state are asked for.
+    """
+    eta, base, start, *pending, norm, output_norm = inputs[:8]
+    tokens = [x for x in inputs[8:] if x is not None]
+    assert eta is not None and base is not None
+    q, k, v = split(tokens, base)
+    batch, time, group, d = q.shape
+    plan, rows, exact = call.plan, batch * group, base.new_empty
+    blocks, matrix = plan.blocks, (d + 1, d)
+    grad_o, change, *opened = of_outputs(call, grads, q, base)
+    reads, pulls = (exact(batch, group, blocks, *matrix) for _ in "rp")
+    of_error = exact(q.shape) if call.mode_b else exact(0)
+    of_pending, of_base, of_start = (exact(batch, group, *matrix) for _ in "pbs")
+    common, outputs = options(call, q, base, norm, start), output_options(call, output_norm)
+    extent, eps = (time, blocks, plan.slots, group), (call.eps, call.output_eps)
+    shape = strides(q, eta)
+    scanning, reading = warps(call, d, SCANNING), warps(call, d, READING)
+    placed = given((plan.entries, plan.rows, plan.mask), k)
+    norms = given((before[0], norm, output_norm), k)
+    new, of_eta = like(tokens, base), exact(batch, time, group)
+    sums = [base.new_zeros(rows, blocks, 2, d if x is not None else 0) for x in (norm, output_norm)]
+    of_q, of_k, of_v = split(new, base)
+    with on_device(q):
+        read_backward_kernel[(blocks, rows)](
+            *(q, k, v, eta, base, *norms, *placed, *kept, grad_o, reads, of_error),
+            *(*shape, *extent, *eps),
+            **(common | outputs | reading),
+        )
+        scan_backward_kernel[(rows,)](
+            *(k, v, eta, base, *given((start, *pending, before[0], norm), k), *placed, kept[0]),
+            *given((change,), k),
+            *(reads, of_error, pulls, of_pending, of_base, of_start, *shape, *extent, call.eps),
+            **(common | {"FINAL": change is not None} | scanning),
+        )
+        token_backward_kernel[(blocks, rows)](
+            *(q, k, v, eta, base, *norms, *placed, *kept, grad_o, pulls, of_error),
+            *given(opened, k),
+            *(of_q, of_k, of_v, of_eta, *sums, *shape, *of_q.stride()[:3], *extent, *eps),
+            **(common | outputs | {"OPEN": opened[0] is not None} | reading),
+        )
+        of_held: Given = (None, None, None)
+        if start is not None and (of_state or norm is not None):
+            of_held, held_sums = pending_backward(
+                call, (*pending, base, start, before[0], norm), of_pending, opened, common, time
+            )
+            if norm is not None:
+                sums[0] = torch.cat([sums[0], held_sums], dim=1)
+    of_norms = [x.view(batch, group, -1, 2, d).sum((0, 2)) if x.numel() else None for x in sums]
+    of_change = of_start if start is not None else None
+    return of_eta.to(eta.dtype), of_base.sum(0), of_change, *of_held, *of_norms, *new
+
+
+def of_outputs(call: Call, grads: Given, q: Tensor, base: Tensor) -> Given:
+    """Gradients of the outputs; None for all of the open mini-batch, or for none of it."""
+    batch, time, group, d = q.shape
+    wide = (batch, call.size, group, d)
+    shapes = ((batch, time, group, call.width), (batch, group, d + 1, d), wide, wide, wide[:-1])
+    of_open = any(x is not None for x in grads[2:])
+    wanted = (True, grads[1] is not None, of_open, of_open, of_open)
+    zeros = (q.new_zeros, *(base.new_zeros,) * 4)
+    return tuple(
+        None if not want else zero(shape) if x is None else x.contiguous()
+        for x, shape, want, zero in zip(grads, shapes, wanted, zeros, strict=True)
+    )
+
+
+def pending_backward(
+    call: Call,
+    inputs: Given,
+    gradient: Tensor,
+    opened: Sequence[Tensor | None],
+    common: Any,
+    time: int,
+) -> tuple[Given, Tensor]:
+    """Gradients of the state's tokens, and by the norm."""
+    *pending, base, start, count, norm = inputs
+    assert base is not None and pending[0] is not None
+    batch, _, group, d = pending[0].shape
+    held = [torch.empty_like(x) for x in pending if x is not None]
+    sums = base.new_empty(batch * group, 1, 2, d) if norm is not None else base.new_empty(0)
+    pending_backward_kernel[(batch * group,)](
+        *(*pending, base, start, count, *given((norm, call.plan.rows), base), gradient),
+        *(*given(opened, base), *held, sums, time, group, call.eps),
+        **{key: common[key] for key in PENDING_OPTIONS},
+        OPEN=opened[0] is not None,
+        **warps(call, d, READING),
+    )
+    return tuple(held), sums
+
+
+SCANNING = 4
+"""Warps of a scan, whose programs are too few to fill the chip: it waits for each product."""
+
+READING = 1
+"""Warps of the programs of single blocks, which are many."""
+
+PENDING_OPTIONS = ("SIZE", "D", "M", "BK", "BD", "ACC", "LN", "PLANNED")
+
+
+def split(tokens: Sequence[Tensor], base: Tensor) -> Sequence[Tensor]:
+    """q, k and v, `[B, T, G, d]`."""
+    if len(tokens) == 3:
+        return tokens
+    group, _, d = base.shape
+    k, q, v = tokens[0][..., : 3 * group * d].unflatten(-1, (3, group, d)).unbind(2)
+    return q, k, v
+
+
+def like(tokens: Sequence[Tensor], base: Tensor) -> list[Tensor]:
+    """Room for the gradients of tokens; zeros behind k, q and v."""
+    used = 3 * base.shape[0] * base.shape[-1]
+    if len(tokens) == 1 and tokens[0].shape[-1] > used:
+        return [torch.zeros_like(tokens[0], memory_format=torch.contiguous_format)]
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tokens]
+
+
+def strides(q: Tensor, eta: Tensor) -> tuple[int, ...]:
+    """Of rows, tokens and adapters."""
+    return (*q.stride()[:3], *eta.stride())
+
+
+def given(tensors: Sequence[Tensor | None], other: Tensor) -> list[Tensor]:
+    """Tensors, another in place of those that a kernel will not look at."""
+    return [other if x is None else x for x in tensors]
+
+
+def options(
+    call: Call, q: Tensor, base: Tensor, norm: Tensor | None, start: Tensor | None
+) -> dict[str, Any]:
+    """What the kernels are compiled for: sizes and features."""
+    d = q.shape[-1]
+    return {
+        "SIZE": call.size,
+        "D": d,
+        "M": call.plan.tile,
+        "BK": padded(d + 1),
+        "BD": padded(d),
+        "ACC": tl.float64 if base.dtype == torch.float64 else tl.float32,
+        "MODE_B": call.mode_b,
+        "LN": norm is not None,
+        "UNIT": call.unit,
+        "MASKED": call.plan.mask is not None,
+        "PLANNED": call.plan.entries is not None,
+        "STATE": start is not None,
+    }
+
+
+def output_options(call: Call, output_norm: Tensor | None) -> dict[str, Any]:
+    """What is done with what is read."""
+    features = {"OUTPUT_NORM": output_norm is not None, "RESIDUAL": call.residual}
+    return {"WIDTH": call.width, **features}
+
+
+def warps(call: Call, d: int, few: int) -> dict[str, int]:
+    """Warps of a program: `few` for tiles of 16 x 16, more for larger ones.
+
+    The compiler does not pipeline loops: the scans fetch a block ahead by themselves.
+    """
+    keys, values = padded(d + 1), padded(d)
+    largest = max(call.plan.tile * keys, keys * values)
+    return {"num_warps": few if largest <= 256 else 4 if largest <= 1024 else 8, "num_stages": 1}
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

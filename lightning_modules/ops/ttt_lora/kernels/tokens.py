@@ -1,0 +1,290 @@
+"""Triton kernels of TTT-as-LoRA, backward: the gradients of tokens, once the scan knows G."""
+
+import triton
+import triton.language as tl
+
+from lightning_modules.ops.ttt_lora.kernels.blocks import (
+    block_of,
+    error_backward,
+    error_of,
+    extent_of,
+    kept_matrix,
+    load_keys,
+    load_matrix,
+    load_rows,
+    load_writers,
+    product,
+    read_gradient,
+    read_of,
+    store_rows,
+    unit,
+    unit_backward,
+    waiting_in,
+    with_one,
+    written,
+)
+
+
+@triton.jit
+def write_backward(
+    keys,
+    step,
+    target,
+    weights,
+    narrow_weights,
+    gradient,
+    of_read,
+    norm,
+    eps,
+    D: tl.constexpr,
+    LN: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Gradients of tokens as writers: of k, v, `-eta/m` and the norm; and their errors.
+
+    `gradient` points at G of their block.
+    """
+    BK: tl.constexpr = weights.shape[0]
+    BD: tl.constexpr = weights.shape[1]
+    z = product(keys, weights, ACC)
+    error = error_of(z, target, norm, eps, D, LN, ACC)
+    along = product(keys, load_matrix(gradient, D + 1, D, BK, BD, ACC), ACC)
+    grad = step[:, None] * along + of_read
+    dz, dtarget, dgamma, dbeta = error_backward(grad, z, target, norm, eps, D, LN, ACC)
+    narrow = load_matrix(gradient, D, D, BD, BD, ACC)
+    dk = step[:, None] * product(error, tl.trans(narrow), ACC) - dtarget
+    dk += product(dz, tl.trans(narrow_weights), ACC)
+    return dk, dtarget, tl.sum(along * error, 1), error, dgamma, dbeta
+
+
+@triton.jit
+def mixing_backward(grad, error, queries, keys, q, k, step, ACC: tl.constexpr):
+    """Gradients by q, k and `-eta/m` of what mode B reads of the own block."""
+    place = tl.arange(0, step.shape[0])
+    seen = place[:, None] >= place[None, :]
+    of_mix = tl.where(seen, product(grad, tl.trans(error), ACC), 0.0)
+    of_step = tl.sum(of_mix * product(queries, tl.trans(keys), ACC), 0)
+    of_mix *= step[None, :]
+    return product(of_mix, k, ACC), product(tl.trans(of_mix), q, ACC), of_step
+
+
+@triton.jit
+def add_open(dk, dv, deta, open_k, open_v, open_eta, groups, slot, live, D: tl.constexpr):
+    """Gradients of tokens and, where they are in the open mini-batch, those of their slots."""
+    column = tl.arange(0, dk.shape[1])
+    place = slot[:, None] * groups * D + column[None, :]
+    inside = live[:, None] & (column < D)[None, :]
+    dk += tl.load(open_k + place, mask=inside, other=0).to(dk.dtype)
+    dv += tl.load(open_v + place, mask=inside, other=0).to(dk.dtype)
+    deta += tl.load(open_eta + slot * groups, mask=live, other=0).to(dk.dtype)
+    return dk, dv, deta
+
+
+@triton.jit
+def store_sums(pointer, block, x, y, D: tl.constexpr, WANTED: tl.constexpr):
+    """Sums over the tokens of a block, `[2, d]`."""
+    column = tl.arange(0, x.shape[1])
+    if WANTED:
+        first = pointer + block * 2 * D + column
+        tl.store(first, tl.sum(x, 0), mask=column < D)
+        tl.store(first + D, tl.sum(y, 0), mask=column < D)
+
+
+@triton.jit
+def weights_at(
+    base, saved, slot, D: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr
+):
+    """The weights of a block, and without their bias, `[BK, BD]` and `[BD, BD]`."""
+    wide = load_matrix(base, D + 1, D, BK, BD, ACC)
+    narrow = load_matrix(base, D, D, BD, BD, ACC)
+    wide += kept_matrix(saved, slot, D + 1, D, BK, BD, ACC)
+    return wide, narrow + kept_matrix(saved, slot, D, D, BD, BD, ACC)
+
+
+@triton.jit
+def store_tokens(q, k, v, start, stride, inside, live, dq, dk, dv, D: tl.constexpr):
+    """Gradients of the tokens of a block; those that do not exist have written nothing."""
+    store_rows(q, start, stride, inside, dq, D)
+    store_rows(k, start, stride, inside, tl.where(live[:, None], dk, 0.0), D)
+    store_rows(v, start, stride, inside, tl.where(live[:, None], dv, 0.0), D)
+
+
+@triton.jit(do_not_specialize=["sb", "eb", "gb", "time", "blocks", "slots"])
+def token_backward_kernel(
+    q,
+    k,
+    v,
+    eta,
+    base,
+    counts,
+    norm,
+    output_norm,
+    plan,
+    plan_rows,
+    mask,
+    saved,
+    saved_open,
+    grad_o,
+    grads,
+    grad_error,
+    open_k,
+    open_v,
+    open_eta,
+    grad_q,
+    grad_k,
+    grad_v,
+    grad_eta,
+    grad_norm,
+    grad_output_norm,
+    sb,
+    st,
+    sg,
+    eb,
+    et,
+    eg,
+    gb,
+    gt,
+    gg,
+    time,
+    blocks,
+    slots,
+    groups,
+    eps,
+    output_eps,
+    SIZE: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+    ACC: tl.constexpr,
+    MODE_B: tl.constexpr,
+    LN: tl.constexpr,
+    UNIT: tl.constexpr,
+    MASKED: tl.constexpr,
+    PLANNED: tl.constexpr,
+    STATE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OUTPUT_NORM: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    OPEN: tl.constexpr,
+):
+    """Gradients of the tokens of one block. Grid: `(blocks, B * G)`."""
+    n, pid = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, member, matrix = pid // groups, pid % groups, (D + 1) * D
+    waiting = waiting_in(counts, row, time, STATE)
+    count, opened = extent_of(plan_rows, waiting, row, time, SIZE, PLANNED)
+    block = pid * blocks + n
+    if n >= count:
+        return
+    start, stop, _, _, before, slot = block_of(plan, waiting, row, n, blocks, time, SIZE, PLANNED)
+    token, own = row * sb + member * sg, row * time * groups + member
+    inside = written(mask, start, stop, M, False)
+    live = written(mask + row * time, start, stop, M, MASKED)
+    wide, qt = load_keys(q + token, start, st, inside, D, BK, BD, ACC)
+    queries = with_one(unit(wide, UNIT), D)
+    keys, kt, k_used, target, step = load_writers(
+        k + token, v + token, eta + row * eb + member * eg, start, st, et, live,
+        SIZE, D, BK, BD, ACC, UNIT,
+    )  # fmt: skip
+    grad = load_rows(grad_o + own * WIDTH, start, groups * WIDTH, inside, D, BD, ACC)
+    saved, saved_open = saved + pid * slots * matrix, saved_open + pid * slots * matrix
+    weights, narrow = weights_at(base + member * matrix, saved, slot, D, BK, BD, ACC)
+    of_read = load_rows(grad_error + own * D, start, groups * D, live & MODE_B, D, BD, ACC)
+    dk, dv, dstep, error, dgamma, dbeta = write_backward(
+        keys, step, target, weights, narrow, grads + block * matrix, of_read,
+        norm + member * 2 * D, eps, D, LN, ACC,
+    )  # fmt: skip
+    read = read_of(queries, weights, keys, step, error, saved_open, slot, D, MODE_B, ACC)
+    output_norm += member * 2 * D
+    dread, dgain = read_gradient(grad, read, output_norm, output_eps, OUTPUT_NORM, D, ACC)
+    if MODE_B:
+        narrow += kept_matrix(saved_open, slot, D, D, BD, BD, ACC)
+    dq = product(dread, tl.trans(narrow), ACC)
+    if MODE_B:
+        used = unit(qt, UNIT)
+        of_q, of_k, of_step = mixing_backward(dread, error, queries, keys, used, k_used, step, ACC)
+        dq, dk, dstep = dq + of_q, dk + of_k, dstep + of_step
+    if RESIDUAL:
+        dq += grad
+    dq, deta = unit_backward(dq, qt, UNIT), dstep * (-1.0 / SIZE)
+    if OPEN:
+        held, rank = row * SIZE * groups + member, before + tl.cumsum(live.to(tl.int32), 0) - 1
+        open_k, open_v, open_eta = open_k + held * D, open_v + held * D, open_eta + held
+        here = live & (n >= opened)
+        dk, dv, deta = add_open(dk, dv, deta, open_k, open_v, open_eta, groups, rank, here, D)
+    first = row * gb + member * gg
+    store_tokens(grad_q + first, grad_k + first, grad_v + first, start, gt, inside, live,
+                 dq, unit_backward(dk, kt, UNIT), dv, D)  # fmt: skip
+    of_eta = grad_eta + (row * time + start + tl.arange(0, M)) * groups + member
+    tl.store(of_eta, tl.where(live, deta, 0.0), mask=inside)
+    store_sums(grad_norm, block, dgamma, dbeta, D, LN)
+    store_sums(grad_output_norm, block, dgain, grad, D, OUTPUT_NORM)
+
+
+@triton.jit
+def pending_backward_kernel(
+    k,
+    v,
+    eta,
+    base,
+    start_change,
+    counts,
+    norm,
+    plan_rows,
+    gradient,
+    open_k,
+    open_v,
+    open_eta,
+    grad_k,
+    grad_v,
+    grad_eta,
+    grad_norm,
+    time,
+    groups,
+    eps,
+    SIZE: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+    ACC: tl.constexpr,
+    LN: tl.constexpr,
+    PLANNED: tl.constexpr,
+    OPEN: tl.constexpr,
+):
+    """Gradients of the tokens that the state held. Grid: `(B * G,)`."""
+    pid = tl.program_id(0).to(tl.int64)
+    row, member, matrix, wide = pid // groups, pid % groups, (D + 1) * D, groups * D
+    waiting = waiting_in(counts, row, time, True)
+    _, opened = extent_of(plan_rows, waiting, row, time, SIZE, PLANNED)
+    own, place = (row * SIZE * groups + member) * D, tl.arange(0, M)
+    of_eta, live = row * SIZE * groups + member, place < waiting
+    keys, _, _, target, step = load_writers(
+        k + own, v + own, eta + of_eta, 0, wide, groups, live, SIZE, D, BK, BD, ACC, False
+    )
+    weights, narrow = weights_at(base + member * matrix, start_change, pid, D, BK, BD, ACC)
+    dk, dv, dstep, _, dgamma, dbeta = write_backward(
+        keys,
+        step,
+        target,
+        weights,
+        narrow,
+        gradient + pid * matrix,
+        tl.zeros([M, BD], ACC),
+        norm + member * 2 * D,
+        eps,
+        D,
+        LN,
+        ACC,
+    )
+    deta = dstep * (-1.0 / SIZE)
+    if OPEN:
+        open_k, open_v, open_eta = open_k + own, open_v + own, open_eta + of_eta
+        here = live & (opened < 0)
+        dk, dv, deta = add_open(dk, dv, deta, open_k, open_v, open_eta, groups, place, here, D)
+    inside = place < SIZE
+    dk, dv = tl.where(live[:, None], dk, 0.0), tl.where(live[:, None], dv, 0.0)
+    store_rows(grad_k + own, 0, wide, inside, dk, D)
+    store_rows(grad_v + own, 0, wide, inside, dv, D)
+    tl.store(grad_eta + of_eta + place * groups, tl.where(live, deta, 0.0), mask=inside)
+    store_sums(grad_norm, pid, dgamma, dbeta, D, LN)

@@ -1,0 +1,86 @@
+"""Where the blocks of a call lie, for the Triton kernels: made once, shared by all adapters."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_modules.ops.grid import Progress, document_starts
+
+
+class Plan(NamedTuple):
+    """Blocks of the rows of a call; without mask and documents a block is a mini-batch.
+
+    Attributes:
+        blocks: at most so many in a row.
+        slots: at most so many in a row need a change of the weights to be kept.
+        tile: M, tokens that a block has room for, a power of two.
+        entries: start, stop, flags, tokens before and slot of each, int32 `[B, blocks, 5]`; None
+            without mask and documents.
+        rows: number of blocks and the first one that stays open, int32 `[B, 2]`; None likewise.
+        mask: uint8 `[B, T]`; None: all tokens exist.
+        progress: after the call; None where the scan counts for itself.
+    """
+
+    blocks: int
+    slots: int
+    tile: int
+    entries: Tensor | None
+    rows: Tensor | None
+    mask: Tensor | None
+    progress: Progress | None
+
+
+def make_plan(
+    time: int,
+    size: int,
+    mask: Tensor | None,
+    document_ids: Tensor | None,
+    progress: Progress | None,
+) -> Plan:
+    """The plan of a call, without waiting for the device.
+
+    Args:
+        time: T.
+        size: m.
+        mask: bool `[B, T]`; None: all tokens exist.
+        document_ids: `[B, T]`; None: one document.
+        progress: of the state; None: there is none.
+    """
+    tile = max(16, 1 << (size - 1).bit_length())
+    full = -(-(time + (size - 1 if progress is not None else 0)) // size)
+    if mask is None and document_ids is None:
+        return Plan(full, full, tile, None, None, None, None)
+    from lightning_modules.ops.ttt_lora.kernels.plan import plan_kernel
+
+    like = mask if mask is not None else document_ids
+    assert like is not None
+    batch, device = like.shape[0], like.device
+    before = progress if progress is not None else Progress.of(None, like)
+    valid = mask if mask is not None else torch.ones_like(like, dtype=torch.bool)
+    starts, after = document_starts(valid, valid.cumsum(1) - 1, document_ids, before)
+    slots = full + time // tile + 1
+    blocks = time if document_ids is not None else min(time, slots)
+    entries = torch.empty(batch, blocks, 5, dtype=torch.int32, device=device)
+    rows = torch.empty(batch, 2, dtype=torch.int32, device=device)
+    count = torch.empty(batch, dtype=torch.int64, device=device)
+    bytes_of_mask = valid.contiguous().view(torch.uint8)
+    plan_kernel[(batch,)](
+        bytes_of_mask,
+        starts.contiguous().view(torch.uint8),
+        before.pending_count,
+        entries,
+        rows,
+        count,
+        time,
+        blocks,
+        SIZE=size,
+        M=tile,
+        MASKED=mask is not None,
+        DOCUMENTS=document_ids is not None,
+        STATE=progress is not None,
+        num_warps=1,
+    )
+    after = after._replace(pending_count=count)
+    masked = bytes_of_mask if mask is not None else None
+    return Plan(blocks, slots, tile, entries, rows, masked, after)
