@@ -1,6 +1,4 @@
-"""Kernels on a CPU by Triton's interpreter; import this before any kernel is."""
-
-import os
+"""Kernels on a CPU by Triton's interpreter (`conftest.py` switches it on)."""
 
 import pytest
 import torch
@@ -8,9 +6,8 @@ import torch
 pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("the GPU runs the kernels here", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"
 
-from triton.runtime import interpreter  # noqa: E402
+from triton.runtime import interpreter
 
 _patch = interpreter._patch_lang_tensor
 

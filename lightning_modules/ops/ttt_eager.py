@@ -195,8 +195,8 @@ def refuse_second_derivatives(op: str, backend: str = "torch") -> None:
     """Raise in a backward pass that is itself to be differentiated."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f"the {backend} backend of {op} has no second derivatives: leave out create_graph=True, "
-            "or use backend='naive'"
+            f"the {backend} backend of {op} has no second derivatives: leave out "
+            "create_graph=True, or use backend='naive'"
         )
 
 

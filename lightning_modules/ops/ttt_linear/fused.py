@@ -10,14 +10,18 @@ from lightning_modules.ops.ttt_eager import Options, autocast_device
 from lightning_modules.ops.ttt_linear.launch import Call, TTTLinear
 from lightning_modules.ops.ttt_linear.layout import GROUP, Layout, lay_out, open_tokens
 
-MAX_SIZE = 128
-"""Largest head size: the weight of a head has to fit into the registers of one program."""
+MAX_SIZE = {torch.bfloat16: 128, torch.float32: 64}
+"""Largest head size on a GPU: the tiles of a head have to fit into one program."""
 
 
 def triton_obstacle(q: Tensor, *, mini_batch_size: int | None) -> str | None:
     """What the kernels cannot do of a call, with the fix; None if they can do it all."""
-    if q.shape[-1] > MAX_SIZE:
-        return f"its head size {q.shape[-1]} is over {MAX_SIZE}: use more heads, or backend='torch'"
+    largest = MAX_SIZE.get(q.dtype, 128) if q.is_cuda else 128
+    if q.shape[-1] > largest:
+        return (
+            f"head size {q.shape[-1]} of {q.dtype} is over {largest}: use more heads, or "
+            "backend='torch'"
+        )
     size, what = mini_batch_size, "mini_batch_size"
     if size is None:
         size, what = q.shape[1], "T without mini_batch_size"
@@ -56,9 +60,7 @@ def triton_ttt_linear(
         continues = layout.pending > 0
         held = tuple(state[2:5]) if state is not None and continues else (None,) * 3
         changes = (None, None) if state is None else tuple(state[:2])
-        call = Call(
-            layout, options.causal, options.flush, options.mask is not None, options.eps
-        )
+        call = Call(layout, options.causal, options.flush, options.mask is not None, options.eps)
         tau = _row_factors(options, layout, dtype, q.device)
         parameters = (x.to(dtype).contiguous() for x in (norm_weight, norm_bias, w, b))
         inputs = (x if x is None else x.contiguous() for x in (q, k, v, eta, tau))
@@ -66,16 +68,13 @@ def triton_ttt_linear(
         o, dw, db = TTTLinear.apply(call, *inputs, *parameters, *carried)
         if not options.causal or options.flush:
             slots = (options.mini_batch_size or 0) if options.causal else 0
-            pending = tuple(
-                eta.new_zeros(len(q), slots, *x.shape[2:]) for x in (k, v, eta)
-            )
+            new = tuple(eta.new_zeros(len(q), slots, *x.shape[2:]) for x in (k, v, eta))
             count = torch.zeros_like(progress.pending_count)
         else:
             own = None if state is None else tuple(state[2:5])
-            pending, count = open_tokens((k, v, eta), own, layout, progress, dtype)
-    return o, TTTLinearState(
-        dw, db, *pending, count, progress.tokens_seen, progress.document_id
-    )
+            new, count = open_tokens((k, v, eta), own, layout, progress, dtype)
+    done = (progress.tokens_seen, progress.document_id)
+    return o, TTTLinearState(dw, db, new[0], new[1], new[2], count, *done)
 
 
 def _row_factors(

@@ -36,7 +36,7 @@ class TTTLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *inputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, call: Call, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         o, dw, db, saved = run_forward(call, Inputs(*inputs))
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -48,8 +48,8 @@ class TTTLinear(torch.autograd.Function):
         ctx: Any, do: Tensor | None, dw: Tensor | None, db: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("ttt_linear", "triton")
-        inputs = Inputs(*ctx.saved_tensors[: len(Inputs._fields)])
-        saved = Saved(*ctx.saved_tensors[len(Inputs._fields) :])
+        tensors, count = ctx.saved_tensors, len(Inputs._fields)
+        inputs, saved = Inputs(*tensors[:count]), Saved(*tensors[count:])
         return None, *run_backward(ctx.call, inputs, saved, do, dw, db)
 
 
@@ -88,10 +88,10 @@ class Saved(NamedTuple):
 
 def run_forward(call: Call, x: Inputs) -> tuple[Tensor, Tensor, Tensor, Saved]:
     """Outputs, the state's changes, and what the backward pass needs."""
-    from lightning_modules.ops.ttt_linear.kernels import read_kernel, write_kernel
+    from lightning_modules.ops.ttt_linear.kernels.forward import read_kernel, write_kernel
 
     layout, (batch, _, heads, size) = call.layout, x.q.shape
-    groups, slots = -(-layout.count // layout.group), layout.count * layout.size
+    groups, slots = -(-layout.number // layout.group), layout.number * layout.size
     saved = Saved(
         x.q.new_empty(batch, heads, slots, size),
         x.q.new_empty(batch, heads, groups, size, size),
@@ -135,38 +135,34 @@ def run_backward(
     do: Tensor | None,
     dw_out: Tensor | None,
     db_out: Tensor | None,
-) -> Inputs:
-    """Gradients of the inputs, from those of the outputs (None: zero)."""
-    from lightning_modules.ops.ttt_linear import backward_kernels as kernels
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the inputs, in their order, from those of the outputs (None: zero)."""
+    from lightning_modules.ops.ttt_linear.kernels import backward, inputs
 
-    layout, (batch, _, heads, size) = call.layout, x.q.shape
-    groups = saved.weights.shape[2]
+    layout, (batch, heads, groups, size, _) = call.layout, saved.weights.shape
     do = torch.zeros_like(x.q) if do is None else do.contiguous()
     upper = _upper(x, dw_out, db_out)
     slot = {name: torch.empty_like(saved.g) for name in ("dp", "dg", "zh", "dh", "dz")}
     scalar = {name: x.eta.new_empty(saved.g.shape[:3]) for name in ("rstd", "along")}
     state = _state_gradients(call, saved, x)
     sums = x.eta.new_empty(batch, heads, groups, 2, size)
-    token = _token_gradients(call, x)
-    dtau = x.eta.new_empty(batch, heads, layout.count, layout.size)
-    tile, shared = _tile(layout, size), _shared(call, x)
-    inputs = _tokens(x, "q", "k", "v", "eta", "held_k", "held_v", "held_eta", "tau", "gamma")
-    read = {name: inputs[name] for name in inputs if name not in ("v", "held_v")}
+    token, shared = _token_gradients(call, x), _shared(call, x)
+    dtau = x.eta.new_empty(batch, heads, layout.number, layout.size)
+    ends = {"beta": x.beta, "do": do, "sums": sums, **_tile(layout, size)}
+    given = _tokens(x, "q", "k", "v", "eta", "held_k", "held_v", "held_eta", "tau", "gamma")
+    fewer = {name: given[name] for name in given if name not in ("v", "held_v")}
     with torch.cuda.device_of(x.q):
-        kernels.output_gradient_kernel[(groups, batch * heads)](
-            **inputs,
+        backward.output_gradient_kernel[(groups, batch * heads)](
+            **given,
             **saved._asdict(),
             **scalar,
             **{name: slot[name] for name in ("dp", "dg", "zh")},
-            beta=x.beta,
-            do=do,
-            sums=sums,
+            **ends,
             EPS=call.eps,
-            **tile,
             **shared,
         )
-        kernels.weight_gradient_kernel[(batch * heads,)](
-            **read,
+        backward.weight_gradient_kernel[(batch * heads,)](
+            **fewer,
             **scalar,
             **slot,
             **state,
@@ -179,18 +175,15 @@ def run_backward(
             **_walk(layout, size),
             **shared,
         )
-        kernels.input_gradient_kernel[(groups, batch * heads)](
-            **inputs,
+        inputs.input_gradient_kernel[(groups, batch * heads)](
+            **given,
             **{name: slot[name] for name in ("dp", "dh", "dz", "zh")},
             **{name: state[name] for name in ("dweights", "dbiases")},
             **token,
-            beta=x.beta,
+            **ends,
             g=saved.g,
             weights=saved.weights,
-            do=do,
             dtau=dtau,
-            sums=sums,
-            **tile,
             **shared,
         )
     return _gradients(call, x, state, token, upper, dw_out, db_out, sums, dtau)
@@ -247,7 +240,7 @@ def _gradients(
     db_out: Tensor | None,
     sums: Tensor,
     dtau: Tensor,
-) -> Inputs:
+) -> tuple[Tensor | None, ...]:
     """Sum what programs left in parts, in an order that does not depend on the run."""
     norm = sums.sum((0, 2))
     learned, carried = [], []
@@ -266,7 +259,7 @@ def _gradients(
             kept = call.layout.kept
             below = below + (mean if kept is None else mean * kept.view(-1, 1, 1, 1))
         carried.append(None if x.dw is None else below)
-    return Inputs(
+    return (
         *(token[f"d{name}"] for name in ("q", "k", "v", "eta")),
         dtau.sum((0, 1, 2)) if call.causal else None,
         norm[:, 0],
@@ -289,7 +282,7 @@ def _shared(call: Call, x: Inputs) -> dict[str, Any]:
         "fill": layout.fill,
         "last": layout.last,
         "T": time,
-        "N": layout.count,
+        "N": layout.number,
         "m": layout.size,
         "S": layout.group,
         "P": layout.pending,
@@ -307,7 +300,7 @@ def _shared(call: Call, x: Inputs) -> dict[str, Any]:
 
 def _walk(layout: Layout, size: int) -> dict[str, int]:
     """Options of the kernels that walk from mini-batch to mini-batch."""
-    warps = 4 if size <= 64 else 8
+    warps = 4 if size <= 64 and layout.size <= 32 else 8
     return {"BT": _block(layout.size), "num_warps": warps, "num_stages": 2}
 
 

@@ -18,7 +18,7 @@ class Layout(NamedTuple):
 
     Attributes:
         size: m, slots of a mini-batch.
-        count: N, mini-batches of a row.
+        number: N, mini-batches of a row.
         group: S, mini-batches of a group.
         pending: P, tokens of each row that come from the state before those of the call.
         token: token in each slot, -1 if it is empty, `[N * B * m]`; None: all rows are cut alike.
@@ -29,7 +29,7 @@ class Layout(NamedTuple):
     """
 
     size: int
-    count: int
+    number: int
     group: int
     pending: int
     token: Tensor | None
@@ -44,23 +44,21 @@ def lay_out(q: Tensor, state: Any | None, options: Options) -> tuple[Layout, Pro
     grid, progress = plan(q, state, options)
     if grid is None and options.mask is not None:
         grid = _grid_of_call(options.mask)
-    batch, time = q.shape[:2]
+    time = q.shape[1]
     pending = (options.mini_batch_size or 0) if options.causal and state is not None else 0
     if grid is None:
         size = options.mini_batch_size or time
         cut = (size, -(-time // size), max(1, GROUP // size), pending)
         return Layout(*cut, *(None,) * 5), progress
-    size, count = grid.size, grid.fill.shape[0]
+    size, number = grid.size, grid.fill.shape[0]
     restart = kept = None
     if grid.restart is not None:
         restart = grid.restart.int()
         kept = 1 - restart.amax(0)
     # A document may start in any mini-batch: each of them needs weights of its own.
     group = max(1, GROUP // size) if restart is None else 1
-    return (
-        Layout(size, count, group, pending, grid.token, grid.fill, grid.last.contiguous(), restart, kept),
-        progress,
-    )
+    slots = (grid.token, grid.fill, grid.last.contiguous())
+    return Layout(size, number, group, pending, *slots, restart, kept), progress
 
 
 def _grid_of_call(mask: Tensor) -> Grid:
@@ -96,7 +94,7 @@ def open_tokens(
     batch = len(layout.last)
     count = progress.pending_count % size
     row = torch.arange(batch, device=count.device)
-    slots = layout.token.view(layout.count, batch, size)[layout.last.clamp(min=0), row]
+    slots = layout.token.view(layout.number, batch, size)[layout.last.clamp(min=0), row]
     there = (slots >= 0) & (count > 0).unsqueeze(1)
     place = slots - row.unsqueeze(1) * (layout.pending + time) - layout.pending
     found = tuple(_pick(x, place, there & (place >= 0)).to(dtype) for x in tokens)

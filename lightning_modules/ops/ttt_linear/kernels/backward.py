@@ -1,7 +1,7 @@
-"""TTT-Linear in Triton: the three kernels of the backward pass.
+"""TTT-Linear in Triton: the first two kernels of the backward pass.
 
 As in the forward pass only what has to wait does: `output_gradient_kernel` and
-`input_gradient_kernel` take groups of mini-batches, all at once, and between them
+`inputs.input_gradient_kernel` take groups of mini-batches, all at once, and between them
 `weight_gradient_kernel` walks back through the mini-batches of a row and head with the gradient
 `L` at the weights that a mini-batch leaves behind. A mini-batch with keys k, queries q,
 predictions `z = k W + b` and `p = q W_i + b_i`, and steps `s_j`, gives
@@ -16,7 +16,9 @@ everything blind.
 import triton
 import triton.language as tl
 
-from lightning_modules.ops.ttt_linear.kernels import (
+from lightning_modules.ops.ttt_linear.kernels.tiles import (
+    SIZES,
+    add_to,
     closing_factors,
     load_etas,
     load_slots,
@@ -35,7 +37,7 @@ def normalised(z, D: tl.constexpr, EPS: tl.constexpr):
     return z * rstd[:, None], rstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def output_gradient_kernel(
     q,
     k,
@@ -130,6 +132,16 @@ def output_gradient_kernel(
 
 
 @triton.jit
+def key_gradients(dg, zh, g, gain, r, a, D: tl.constexpr):
+    """`dh` and `dz` from `dG` (all `[D, slots]`): the equations of `weight_gradient_kernel`."""
+    x = (tl.sum(zh * dg, 0) / D)[None, :]
+    dh = r * (dg - zh * x)
+    y = gain * gain * dh
+    mean, along = tl.sum(y, 0) / D, tl.sum(zh * y + dg * g, 0) / D
+    return dh, r * (y - mean[None, :] - zh * along[None, :] - a * dh - x * g)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def weight_gradient_kernel(
     q,
     k,
@@ -218,18 +230,14 @@ def weight_gradient_kernel(
         a = tl.load(along + slot, mask=inside, other=0.0)[None, :]
         wrote = tl.dot(upper.to(keys.dtype), keys, input_precision=PRECISION)
         own += (wrote + upper_bias[:, None]) * (-factor * e)[None, :]
-        x = (tl.sum(z * own, 0) / D)[None, :]
-        below = r * (own - z * x)
-        y = gain * gain * below
-        mean, along_z = tl.sum(y, 0) / D, tl.sum(z * y + own * new, 0) / D
-        read = r * (y - mean[None, :] - z * along_z[None, :] - a * below - x * new)
+        below, read = key_gradients(own, z, new, gain, r, a, D)
         read = tl.where(kept, read, 0.0)
         tl.store(dh + at, below.to(keys.dtype), mask=kept)
         tl.store(dz + at, read.to(keys.dtype), mask=kept)
         upper += tl.dot(asking, queries, input_precision=PRECISION)
         upper += tl.dot(read.to(keys.dtype), tl.trans(keys), input_precision=PRECISION)
         upper_bias += tl.sum(asking.to(gain.dtype) + read, 1)
-        if HAS_DOCUMENTS:
+        if HAS_DOCUMENTS:  # noqa: SIM102  (known when the kernel is compiled)
             if tl.load(restart + n * B + b) != 0:
                 add_to(dw_rows + upward, upper, real)
                 add_to(db_rows + row * D + d, upper_bias, d < D)
@@ -239,206 +247,3 @@ def weight_gradient_kernel(
     if HAS_DOCUMENTS:
         add_to(dw_rows + upward, upper, real)
         add_to(db_rows + row * D + d, upper_bias, d < D)
-
-
-@triton.jit
-def add_to(place, x, real):
-    """Add to what one program alone writes."""
-    tl.store(place, tl.load(place, mask=real, other=0.0) + x, mask=real)
-
-
-@triton.jit
-def load_weight(weights, at, d, D: tl.constexpr):
-    """The transposed weight `[out, in]` of a group."""
-    real = (d[:, None] < D) & (d[None, :] < D)
-    place = at * D * D + d[:, None] * D + d[None, :]
-    return tl.load(weights + place, mask=real, other=0.0)
-
-
-@triton.jit
-def store_tokens(
-    call, held, x, t, there, d, b, h, T, P, H, D: tl.constexpr, HAS_PENDING: tl.constexpr
-):
-    """The inverse of `load_tokens`."""
-    real = there & (d < D)
-    place = ((b * T + t) * H + h) * D + d
-    tl.store(call + place, x.to(call.dtype.element_ty), mask=real & (t >= 0))
-    if HAS_PENDING:
-        tl.store(held + ((b * P + P + t) * H + h) * D + d, x, mask=real & (t < 0))
-
-
-@triton.jit
-def input_gradient_kernel(
-    q,
-    k,
-    v,
-    eta,
-    tau,
-    gamma,
-    beta,
-    held_k,
-    held_v,
-    held_eta,
-    token,
-    fill,
-    last,
-    g,
-    weights,
-    dp,
-    dh,
-    dz,
-    zh,
-    dweights,
-    dbiases,
-    do,
-    dq,
-    dk,
-    dv,
-    deta,
-    dheld_k,
-    dheld_v,
-    dheld_eta,
-    dtau,
-    sums,
-    T,
-    N,
-    m,
-    S,
-    P,
-    B,
-    H,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    BG: tl.constexpr,
-    PRECISION: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    FLUSH: tl.constexpr,
-    HAS_GRID: tl.constexpr,
-    HAS_PENDING: tl.constexpr,
-):
-    """Gradients of the tokens of a group, and its part of those of tau (per slot), gamma, beta.
-
-    With `c_ij` what queries and `e_ij` what keys read, `u = c (dp G^T)` and `x = e (dz G^T)`:
-
-        dq = do + dp W^T + u k
-        dk = dz W^T + u^T q + (x + x^T) k + s (G L^T) + gamma dh,   dv = -gamma dh
-    """
-    group, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, h = row // H, row % H
-    lane, slot = tl.arange(0, BD), tl.arange(0, BG)
-    d = lane[None, :]
-    n, i = group * S + slot // m, slot % m
-    inside = ((slot < S * m) & (n < N))[:, None]
-    t, there = places(token, b, n, i, (slot < S * m) & (n < N), B, T, P, m, HAS_GRID)
-    e = load_etas(eta, held_eta, t, there, b, h, T, P, H, HAS_PENDING)
-    factor, closes = closing_factors(
-        tau, fill, last, n, b, B, N, T, m, CAUSAL, FLUSH, HAS_GRID
-    )
-    at = (row * N * m + n * m + i)[:, None]
-    state = row * tl.cdiv(N, S) + group
-    keys = load_tokens(k, held_k, t[:, None], there[:, None], d, b, h, T, P, H, D, HAS_PENDING)
-    asked = (there & (t >= 0))[:, None]
-    queries = load_tokens(q, q, t[:, None], asked, d, b, h, T, P, H, D, False)
-    new = load_slots(g, at, d, inside, D)
-    weight = load_weight(weights, state, lane, D)
-    # as readers: queries
-    asking = load_slots(dp, at, d, inside, D)
-    u = tl.dot(asking, tl.trans(new), input_precision=PRECISION)
-    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) + 1.0
-    c = reading_coefficients(tau, e, factor, n, i, m, True, CAUSAL)
-    dc = u * scores
-    u = (u * c).to(keys.dtype)
-    out = tl.dot(asking, weight, input_precision=PRECISION)
-    out += tl.dot(u, keys, input_precision=PRECISION)
-    out += load_tokens(do, do, t[:, None], asked, d, b, h, T, P, H, D, False).to(out.dtype)
-    store_tokens(dq, dq, out, t[:, None], asked, d, b, h, T, P, H, D, False)
-    out = tl.dot(tl.trans(u), queries, input_precision=PRECISION)
-    # as readers: keys
-    read = load_slots(dz, at, d, inside, D)
-    x = tl.dot(read, tl.trans(new), input_precision=PRECISION)
-    scores = tl.dot(keys, tl.trans(keys), input_precision=PRECISION) + 1.0
-    earlier = n[:, None] > n[None, :]
-    dstep = tl.sum(tl.where(earlier, dc + x * scores, 0.0), 0)
-    x = (x * reading_coefficients(tau, e, factor, n, i, m, False, CAUSAL)).to(keys.dtype)
-    out += tl.dot(read, weight, input_precision=PRECISION)
-    out += tl.dot(x, keys, input_precision=PRECISION)
-    out += tl.dot(tl.trans(x), keys, input_precision=PRECISION)
-    # as writers
-    written = tl.dot(new, load_weight(dweights, state, lane, D), input_precision=PRECISION)
-    upper_bias = tl.load(dbiases + state * D + d, mask=d < D, other=0.0)
-    dstep += tl.sum(written * keys.to(out.dtype) + new.to(out.dtype) * upper_bias, 1)
-    out += written * (-factor * e)[:, None]
-    below = load_slots(dh, at, d, inside, D).to(out.dtype)
-    gain = tl.load(gamma + h * D + d, mask=d < D, other=0.0)
-    values = load_tokens(v, held_v, t[:, None], there[:, None], d, b, h, T, P, H, D, HAS_PENDING)
-    down, here = t[:, None], there[:, None]
-    below_k = gain * below
-    store_tokens(dv, dheld_v, -below_k, down, here, d, b, h, T, P, H, D, HAS_PENDING)
-    store_tokens(dk, dheld_k, out + below_k, down, here, d, b, h, T, P, H, D, HAS_PENDING)
-    norm_gradients(
-        zh, keys, values, below, gain, beta, sums, at, state, inside, lane, h, D
-    )
-    step_gradients(
-        tau, e, factor, closes, dstep, dc, deta, dheld_eta, dtau, n, i, at, t, there,
-        slot < S * m, b, h, T, P, H, N, CAUSAL, HAS_PENDING,
-    )  # fmt: skip
-
-
-@triton.jit
-def norm_gradients(
-    zh, keys, values, below, gain, beta, sums, at, state, inside, lane, h, D: tl.constexpr
-):
-    """Add a group's part of the gradients of gamma and beta by way of `h`."""
-    d = lane[None, :]
-    z = load_slots(zh, at, d, inside, D).to(below.dtype)
-    shift = tl.load(beta + h * D + d, mask=d < D, other=0.0)
-    error = 2.0 * gain * z + shift + keys.to(below.dtype) - values.to(below.dtype)
-    place = sums + state * 2 * D + lane
-    add_to(place, tl.sum(below * error, 0), lane < D)
-    add_to(place + D, tl.sum(below * gain, 0), lane < D)
-
-
-@triton.jit
-def step_gradients(
-    tau,
-    e,
-    factor,
-    closes,
-    dstep,
-    dc,
-    deta,
-    dheld_eta,
-    dtau,
-    n,
-    i,
-    at,
-    t,
-    there,
-    inside,
-    b,
-    h,
-    T,
-    P,
-    H,
-    N,
-    CAUSAL: tl.constexpr,
-    HAS_PENDING: tl.constexpr,
-):
-    """Gradients of eta and, per slot, of tau.
-
-    `dstep_j` is the gradient of the weight of `G_j` in the next state, dc that of the coefficients.
-    """
-    same = n[:, None] == n[None, :]
-    if CAUSAL:
-        seen = same & (i[:, None] >= i[None, :])
-        rows = tl.load(tau + i)
-        out = -factor * dstep - tl.sum(tl.where(seen, dc * rows[:, None], 0.0), 0)
-        own = tl.sum(tl.where(seen, dc * e[None, :], 0.0), 1)
-        total = tl.sum(tl.where(same, (e * dstep)[None, :], 0.0), 1)
-        own += tl.where(i + 1 == closes, total, 0.0)
-        tl.store(dtau + at, -own[:, None], mask=(inside & (n < N))[:, None])
-    else:
-        out = -factor * dstep - tl.sum(tl.where(same, dc, 0.0), 0)
-    tl.store(deta + (b * T + t) * H + h, out, mask=there & (t >= 0))
-    if HAS_PENDING:
-        tl.store(dheld_eta + (b * P + P + t) * H + h, out, mask=there & (t < 0))

@@ -1,101 +1,23 @@
-"""TTT-Linear in Triton: what the kernels share, and the two of the forward pass.
-
-A mini-batch of m tokens waits for the weights that the one before it leaves behind, so one program
-for each row and head walks through them (`write_kernel`) and does nothing but that: it finds the
-gradients `G_j` and adds them to W. All that does not have to wait is left to kernels that take the
-mini-batches of a *group* at once: up to 64 tokens, seen as one tile. With W, b the weights at the
-start of the group, token i reads
-
-    x_i W + b + sum_j c_ij (x_i . k_j + 1) G_j
-
-with `c_ij` the *coefficient* of `reading_coefficients`, so that a group needs the weights of its
-first mini-batch only. Slot i of mini-batch n has index `n m + i` in what kernels hand each other,
-`[B, H, N m, D]`; the tokens stay where they are.
-
-W and b are kept less their mean over the outputs. No LayerNorm sees it, and no gradient changes it,
-as `sum(G_j) = 0`. Matrix products take their operands in the dtype of q.
-"""
+"""TTT-Linear in Triton: the two kernels of the forward pass (see `tiles.py`)."""
 
 import triton
 import triton.language as tl
 
-# --- tokens and slots ---
+from lightning_modules.ops.ttt_linear.kernels.tiles import (
+    SIZES,
+    closing_factors,
+    load_etas,
+    load_slots,
+    load_tokens,
+    places,
+    predictions,
+    reading_coefficients,
+    store_weights,
+)
 
 
 @triton.jit
-def places(token, b, n, i, inside, B, T, P, m, HAS_GRID: tl.constexpr):
-    """Positions in the call of the tokens in slots (n, i), and which slots have one.
-
-    The P tokens of the state come first: their positions are negative.
-    """
-    if HAS_GRID:
-        found = tl.load(token + (n * B + b) * m + i, mask=inside, other=-1)
-        t = found - b * (P + T) - P
-        there = inside & (found >= 0)
-    else:
-        t = n * m + i
-        there = inside & (t < T)
-    return t, there
-
-
-@triton.jit
-def load_tokens(
-    call, held, t, there, d, b, h, T, P, H, D: tl.constexpr, HAS_PENDING: tl.constexpr
-):
-    """Vectors from `[B, T, H, D]`, or from the state's `[B, P, H, D]`; 0 where no token is."""
-    real = there & (d < D)
-    x = tl.load(call + ((b * T + t) * H + h) * D + d, mask=real & (t >= 0), other=0.0)
-    if HAS_PENDING:
-        place = ((b * P + P + t) * H + h) * D + d
-        x = x + tl.load(held + place, mask=real & (t < 0), other=0.0).to(x.dtype)
-    return x
-
-
-@triton.jit
-def load_etas(call, held, t, there, b, h, T, P, H, HAS_PENDING: tl.constexpr):
-    """Step sizes from `[B, T, H]`, or from the state's `[B, P, H]`; 0 where no token is."""
-    eta = tl.load(call + (b * T + t) * H + h, mask=there & (t >= 0), other=0.0)
-    if HAS_PENDING:
-        eta += tl.load(held + (b * P + P + t) * H + h, mask=there & (t < 0), other=0.0)
-    return eta
-
-
-@triton.jit
-def closing_factors(
-    tau,
-    fill,
-    last,
-    n,
-    b,
-    B,
-    N,
-    T,
-    m,
-    CAUSAL: tl.constexpr,
-    FLUSH: tl.constexpr,
-    HAS_GRID: tl.constexpr,
-):
-    """tau of the token that closes mini-batch n, 0 if it stays open, and how many it holds."""
-    if HAS_GRID:
-        held = tl.load(fill + n * B + b, mask=n < N, other=0)
-        final = tl.load(last + b)
-    else:
-        held = tl.minimum(m, T - n * m)
-        final = N - 1
-    closed = held == m
-    if FLUSH:
-        closed = closed | ((n == final) & (held > 0))
-    if CAUSAL:
-        factor = tl.load(tau + tl.maximum(held - 1, 0), mask=closed, other=0.0)
-    else:
-        factor = tl.where(n < N, 1.0, 0.0)
-    return factor, tl.where(closed, held, 0)
-
-
-@triton.jit
-def initial_weights(
-    w, b0, dw, db, first, row, keep, d, D: tl.constexpr, HAS_STATE: tl.constexpr
-):
+def initial_weights(w, b0, dw, db, first, row, keep, d, D: tl.constexpr, HAS_STATE: tl.constexpr):
     """Transposed weight `[out, in]` and bias `[out]` at the start, less their mean over out.
 
     The state's change counts where `keep` is not 0.
@@ -112,19 +34,7 @@ def initial_weights(
     return weight, bias
 
 
-@triton.jit
-def store_weights(weights, biases, at, weight, bias, d, D: tl.constexpr):
-    """Put a transposed weight `[out, in]` and a bias to place `at` of `[..., D, D]`, `[..., D]`."""
-    real = (d[:, None] < D) & (d[None, :] < D)
-    place = at * D * D + d[:, None] * D + d[None, :]
-    tl.store(weights + place, weight.to(weights.dtype.element_ty), mask=real)
-    tl.store(biases + at * D + d, bias, mask=d < D)
-
-
-# --- forward ---
-
-
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def write_kernel(
     k,
     v,
@@ -183,7 +93,7 @@ def write_kernel(
     square = gain * gain
     weight, bias = initial_weights(w, b0, dw, db, first, row, 1, d, D, HAS_STATE)
     for n in range(0, N):
-        if HAS_DOCUMENTS:
+        if HAS_DOCUMENTS:  # noqa: SIM102  (known when the kernel is compiled)
             if tl.load(restart + n * B + b) != 0:
                 weight, bias = initial_weights(w, b0, dw, db, first, row, 0, d, D, False)
         if n % S == 0:
@@ -195,17 +105,16 @@ def write_kernel(
         t, there = t[None, :], there[None, :]
         keys = load_tokens(k, held_k, t, there, d[:, None], b, h, T, P, H, D, HAS_PENDING)
         values = load_tokens(v, held_v, t, there, d[:, None], b, h, T, P, H, D, HAS_PENDING)
+        miss = offset + (keys.to(weight.dtype) - values.to(weight.dtype))
         z = tl.dot(weight.to(keys.dtype), keys, input_precision=PRECISION) + bias[:, None]
         rstd = tl.rsqrt(tl.sum(z * z, 0) / D + EPS)[None, :]
         zh = z * rstd
-        error = square * zh + gain * (offset + keys.to(z.dtype) - values.to(z.dtype))
+        error = square * zh + gain * miss
         mean, along = tl.sum(error, 0) / D, tl.sum(zh * error, 0) / D
         new = rstd * (error - mean[None, :] - zh * along[None, :])
         new = tl.where(there & (d[:, None] < D), new, 0.0)
         slot = (row * N * m + n * m + i)[None, :] * D + d[:, None]
-        tl.store(
-            g + slot, new.to(keys.dtype), mask=(i[None, :] < m) & (d[:, None] < D)
-        )
+        tl.store(g + slot, new.to(keys.dtype), mask=(i[None, :] < m) & (d[:, None] < D))
         change = new * (-factor * e)[None, :]
         weight += tl.dot(change.to(keys.dtype), tl.trans(keys), input_precision=PRECISION)
         bias += tl.sum(change, 1)
@@ -223,47 +132,7 @@ def write_kernel(
     tl.store(db_out + row * D + d, bias, mask=d < D)
 
 
-@triton.jit
-def load_slots(x, at, d, inside, D: tl.constexpr):
-    """Vectors of a group from `[B, H, N m, D]`, 0 outside."""
-    return tl.load(x + at * D + d, mask=inside & (d < D), other=0.0)
-
-
-@triton.jit
-def reading_coefficients(
-    tau, e, factor, n, i, m, OWN: tl.constexpr, CAUSAL: tl.constexpr
-):
-    """`c_ij`: what slot i reads of `G_j`: all that earlier mini-batches of the group wrote,
-
-    `-factor_j eta_j`, and, if OWN, of its own one `-tau_i eta_j` for j <= i (not causal: `-eta_j`
-    for all j).
-    """
-    c = tl.where(n[:, None] > n[None, :], (-factor * e)[None, :], 0.0)
-    if OWN:
-        seen = n[:, None] == n[None, :]
-        own = -e[None, :]
-        if CAUSAL:
-            seen = seen & (i[:, None] >= i[None, :])
-            own = own * tl.load(tau + i)[:, None]
-        c = tl.where(seen, own, c)
-    return c
-
-
-@triton.jit
-def predictions(
-    x, scores, c, new, weights, biases, at, d, D: tl.constexpr, PRECISION: tl.constexpr
-):
-    """`x W + b + (c (x k^T + 1)) G`, `[slots, D]`, less its mean over D; scores are `x k^T`."""
-    real = (d[:, None] < D) & (d[None, :] < D)
-    place = at * D * D + d[None, :] * D + d[:, None]
-    weight = tl.load(weights + place, mask=real, other=0.0)
-    z = tl.dot(x, weight, input_precision=PRECISION)
-    z += tl.load(biases + at * D + d, mask=d < D, other=0.0)[None, :]
-    z += tl.dot((c * (scores + 1.0)).to(x.dtype), new, input_precision=PRECISION)
-    return tl.where((d < D)[None, :], z - (tl.sum(z, 1) / D)[:, None], 0.0)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def read_kernel(
     q,
     k,
