@@ -80,5 +80,5 @@ def kernel_times(call: Callable[[], Any], repeats: int = 5) -> list[tuple[str, f
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """`|| actual - expected || / || expected ||`; NaN where something is NaN."""
-    expected = expected.double()
-    return float((actual.double() - expected).norm() / expected.norm())
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm())

@@ -144,7 +144,7 @@ def errors(case: Case, fp32: bool) -> dict[str, float]:
         given["state"] = type(state)(*(s.double() if s.is_floating_point() else s for s in state))
     expected = training(exact, given, "torch")()
     actual = training(x, options, "triton")()
-    found = {"o": relative(actual[0], expected[0]), "dw": relative(actual[1][0], expected[1][0])}
+    found = {"o": relative(actual[0], expected[0]), "state": relative(actual[1][0], expected[1][0])}
     pairs = zip(NAMES, actual[2], expected[2], strict=True)
     return found | {f"d{name}": relative(a, e) for name, a, e in pairs}
 

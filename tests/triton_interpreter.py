@@ -1,5 +1,7 @@
 """Kernels on a CPU by Triton's interpreter (`conftest.py` switches it on)."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -19,3 +21,14 @@ def _patch_with_index(tensor: type, scope: interpreter._LangPatchScope) -> None:
 
 
 interpreter._patch_lang_tensor = _patch_with_index
+_call = interpreter.GridExecutor.__call__
+
+
+def _call_as_the_compiler(self: interpreter.GridExecutor, *args: Any, **keywords: Any) -> None:
+    """The interpreter drops arguments that a kernel does not have; compiled, they are errors."""
+    unknown = keywords.keys() - {*self.arg_names, "num_warps", "num_stages"}
+    assert not unknown, f"{self.fn.__name__} has no {unknown}"
+    _call(self, *args, **keywords)
+
+
+interpreter.GridExecutor.__call__ = _call_as_the_compiler

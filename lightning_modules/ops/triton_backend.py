@@ -44,7 +44,8 @@ def dispatch(
     if backend == "auto":
         why = _unable(q) or obstacle
         backend = "triton" if why is None else next(iter(backends))
-        _announce(op, backend, why or "q is on a GPU")
+        if not torch.compiler.is_compiling():  # a log would break the graph
+            _announce(op, backend, why or "q is on a GPU")
     elif backend == "triton" and backend in backends:
         _require(op, q, obstacle)
     return select_backend(op, backend, backends)
@@ -52,14 +53,14 @@ def dispatch(
 
 def _unable(q: Tensor) -> str | None:
     """Why "auto" does not take the kernels, whatever the op."""
+    if torch.compiler.is_compiling():
+        return "torch.compile makes kernels of the torch backend"
     if q.device.type != "cuda":
         return f"q is on the device {q.device.type!r}"
     if not installed():
         return "triton is not installed"
     if q.dtype not in (torch.float32, torch.bfloat16):
         return f"q is {q.dtype}"
-    if torch.compiler.is_compiling():
-        return "torch.compile makes kernels of the torch backend"
     return None
 
 

@@ -26,10 +26,16 @@ SIZES = {torch.float32: (32, 64), torch.bfloat16: (32, 64, 96, 128)}
 FLAGS = ("mask", "write_mask", "document_ids")
 # float32: three tf32 products keep about 21 bits; bfloat16: 8 bits of every operand, through the
 # dozen products between an input and its gradient.
-TOLERANCES = {torch.float32: (5e-5, 2e-4), torch.bfloat16: (0.03, 0.05)}
+TOLERANCES = {torch.float32: (5e-5, 2e-4), torch.bfloat16: (0.02, 0.04)}
 every_dtype_and_size = pytest.mark.parametrize(
     ("dtype", "size"),
     [(dtype, size) for dtype, sizes in SIZES.items() for size in sizes],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+
+every_form_and_dtype = pytest.mark.parametrize(  # kernels of float32 take long to compile
+    ("form", "dtype"),
+    [*((form, torch.bfloat16) for form in FORMS), ("causal_16", torch.float32)],
     ids=lambda value: str(value).removeprefix("torch."),
 )
 
@@ -93,15 +99,13 @@ def test_triton_is_naive_with_a_mask_and_a_carried_state(dtype: torch.dtype, siz
     check(carried_state(case, 4), dtype)
 
 
-@pytest.mark.parametrize("dtype", SIZES)
-@pytest.mark.parametrize("form", FORMS)
+@every_form_and_dtype
 def test_triton_is_naive_with_everything(form: str, dtype: torch.dtype) -> None:
     case = random_flags(case_of(form, 64, batch=3, heads=2, per_row=True), 5, *FLAGS)
     check(carried_state(case, 5, time=19), dtype, flush=True)
 
 
-@pytest.mark.parametrize("dtype", SIZES)
-@pytest.mark.parametrize("form", FORMS)
+@every_form_and_dtype
 @pytest.mark.parametrize("time", [1, 64])
 def test_triton_is_naive_without_flags(time: int, form: str, dtype: torch.dtype) -> None:
     check(case_of(form, 64, time, batch=1, heads=2), dtype)
