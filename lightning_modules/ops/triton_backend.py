@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.util import find_spec
 
@@ -26,7 +26,11 @@ def installed() -> bool:
 
 
 def dispatch(
-    op: str, backend: str, backends: Mapping[str, Backend], q: Tensor, obstacle: str | None
+    op: str,
+    backend: str,
+    backends: Mapping[str, Backend],
+    q: Tensor,
+    obstacle: Callable[[], str | None],
 ) -> Backend:
     """The implementation to call; "auto" takes "triton" on a GPU where it can, else the first.
 
@@ -35,19 +39,20 @@ def dispatch(
         backend: the name that the caller gave.
         backends: name -> implementation.
         q: a tensor on the device of the call, in its dtype.
-        obstacle: what of this call the kernels do not do, with the fix; None if they do it all.
+        obstacle: says what of this call the kernels do not do, with the fix; None if they do it
+            all. Not asked while torch.compile traces, which would take its answer for a guard.
 
     Raises:
         ValueError: if there is no such backend, or if "triton" cannot run this call.
         RuntimeError: if "triton" has nothing to run on.
     """
     if backend == "auto":
-        why = _unable(q) or obstacle
+        why = _unable(q) or obstacle()
         backend = "triton" if why is None else next(iter(backends))
         if not torch.compiler.is_compiling():  # a log would break the graph
             _announce(op, backend, why or "q is on a GPU")
     elif backend == "triton" and backend in backends:
-        _require(op, q, obstacle)
+        _require(op, q, obstacle())
     return select_backend(op, backend, backends)
 
 

@@ -62,7 +62,7 @@ def test_triton_is_naive_with_everything(form: str) -> None:
 @every_form
 @pytest.mark.parametrize("feature", [*FLAGS, "per_row", "state", "flush", "eps"])
 def test_triton_is_naive_with_one_feature(feature: str, form: str) -> None:
-    case = case_of(form, 21, batch=2, per_row=feature == "per_row")
+    case = case_of(form, 11, batch=2, per_row=feature == "per_row")
     if feature in FLAGS:
         case = random_flags(case, 3, feature)
     elif feature == "state":
@@ -87,7 +87,8 @@ def test_triton_is_torch_for_head_sizes_of_models(size: int, mini_batch_size: in
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("mini_batch_size", [1, 3, 4, 13, 16, 33, 64])
 def test_triton_is_torch_over_several_groups(mini_batch_size: int, causal: bool) -> None:
-    case = make_case("linear", time=150, causal=causal, mini_batch_size=mini_batch_size, size=8)
+    sizes = {"time": 150, "batch": 2, "heads": 1, "size": 8}
+    case = make_case("linear", causal=causal, mini_batch_size=mini_batch_size, **sizes)
     check(carried_state(random_flags(case, 3, "mask", "write_mask"), 3), against="torch")
 
 
@@ -262,8 +263,28 @@ def test_auto_takes_triton_where_it_can() -> None:
         (None, "cpu", "torch"),
     ):
         stand_in = _Named(device, fake.dtype)
-        chosen = triton_backend.dispatch("op", "auto", backends, stand_in, obstacle)
+        chosen = triton_backend.dispatch(
+            "op", "auto", backends, stand_in, lambda found=obstacle: found
+        )
         assert chosen is backends[expected]
+
+
+def test_compiled_calls_take_torch_in_one_graph_for_any_length() -> None:
+    graphs = []
+
+    def count(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(module)
+        return module
+
+    def call(q: torch.Tensor) -> torch.Tensor:
+        return case.with_tensors(q=q, k=q, v=q, eta=q[..., 0]).run("auto")[0]
+
+    case = case_of("call", 11)
+    compiled = torch.compile(call, backend=count, fullgraph=True, dynamic=True)
+    for time in (11, 60, 70):  # with more than 64 tokens the kernels end
+        q = torch.randn(1, time, 1, 8, dtype=torch.float64)
+        assert torch.equal(compiled(q), call(q))
+    assert len(graphs) == 1
 
 
 class _Named:

@@ -1,5 +1,6 @@
 """TTT-Linear: a sequence layer whose hidden state is the weight of an affine map."""
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -111,7 +112,7 @@ def ttt_linear(
     check_ttt_options(q, **options)
     shapes = {"dw": (size, size), "db": (1, size)}
     check_ttt_state(q, state, TTTLinearState, shapes, (mini_batch_size or 0) if causal else 0)
-    obstacle = triton_obstacle(q, mini_batch_size=mini_batch_size)
+    obstacle = partial(triton_obstacle, q, mini_batch_size=mini_batch_size)
     run = dispatch("ttt_linear", backend, BACKENDS, q, obstacle)
     return run(
         q, k, v, eta, norm_weight, norm_bias, w, b, state=state, flush=flush, eps=eps, **options
