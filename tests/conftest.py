@@ -1,4 +1,4 @@
-"""Settings that every test shares; set before torch and the hub's client are imported."""
+"""Settings that every test shares; set before threads, the hub and kernels are used."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from hypothesis import settings
 
 import cli
@@ -16,6 +17,9 @@ import cli
 # Processes, not threads, use the cores (see the Makefile), and no test may need a download.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Triton looks at it when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The machine decides how long an example takes; the examples are the same in every run.
 settings.register_profile("repeatable", deadline=None, derandomize=True)

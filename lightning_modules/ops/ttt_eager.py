@@ -98,7 +98,7 @@ def run_ttt(
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(autocast_device(q.device), enabled=False):
         gamma, beta = norm_weight.to(dtype), norm_bias.to(dtype)
-        grid, progress = _plan(q, state, options)
+        grid, progress = plan(q, state, options)
         size = grid.size if grid is not None else options.mini_batch_size or q.shape[1]
         tokens = _tokens(q, k, v, eta, state, grid, options)
         q_, k_, v_, eta_ = (arrange(x.to(dtype), size, grid) for x in tokens)
@@ -191,12 +191,12 @@ def norm_error_backward(grad: Tensor, at: NormError, square: Tensor) -> tuple[Te
     return torch.addcmul(dz, normalised, scale, value=-1), dh
 
 
-def refuse_second_derivatives(op: str) -> None:
+def refuse_second_derivatives(op: str, backend: str = "torch") -> None:
     """Raise in a backward pass that is itself to be differentiated."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f"the torch backend of {op} has no second derivatives: leave out create_graph=True, "
-            "or use backend='naive'"
+            f"the {backend} backend of {op} has no second derivatives: leave out "
+            "create_graph=True, or use backend='naive'"
         )
 
 
@@ -282,7 +282,7 @@ def _changes(state: Any | None, weights: Tensors, dtype: torch.dtype) -> Sequenc
     return [_heads_first(x, dtype) for x in state[: len(weights)]]
 
 
-def _plan(q: Tensor, state: Any | None, options: Options) -> tuple[Grid | None, Progress]:
+def plan(q: Tensor, state: Any | None, options: Options) -> tuple[Grid | None, Progress]:
     """A grid where rows differ in what they hold; otherwise the progress alone."""
     progress, size = Progress.of(state, q), options.mini_batch_size
     continues = options.causal and state is not None

@@ -1,5 +1,6 @@
 """TTT-Linear: a sequence layer whose hidden state is the weight of an affine map."""
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -9,13 +10,14 @@ from lightning_modules.ops.checks import (
     check_ttt_state,
     check_ttt_tokens,
     check_ttt_weights,
-    select_backend,
 )
 from lightning_modules.ops.states import TTTLinearState
+from lightning_modules.ops.triton_backend import dispatch
 from lightning_modules.ops.ttt_linear.eager import eager_ttt_linear
+from lightning_modules.ops.ttt_linear.fused import triton_obstacle, triton_ttt_linear
 from lightning_modules.ops.ttt_linear.naive import naive_ttt_linear
 
-BACKENDS = {"torch": eager_ttt_linear, "naive": naive_ttt_linear}
+BACKENDS = {"torch": eager_ttt_linear, "naive": naive_ttt_linear, "triton": triton_ttt_linear}
 
 __all__ = ["ttt_linear"]
 
@@ -81,17 +83,20 @@ def ttt_linear(
             all zeros in a row: start from w and b.
         flush: close an open mini-batch at the end of the call, as a short one.
         eps: added to the variance in the LayerNorm.
-        backend: "torch" (fast), "naive" (a loop over tokens that defines the result), or "auto"
-            (the fastest there is).
+        backend: "torch" (matrix products), "triton" (kernels for CUDA, D up to 128, mini-batches
+            of up to 64 tokens), "naive" (a loop over tokens that defines the result), or "auto":
+            "triton" on a GPU where it can, else "torch"; a line in the log says why, once.
 
     Returns:
         Outputs `[B, T, H, D]` in the dtype of q, and the state after the last token. Arithmetic
-        and state are float32 (float64 if q is), whatever autocast says. The state keeps its
-        autograd graph: detach it where backpropagation through time is to stop.
+        and state are float32 (float64 if q is), whatever autocast says; only "triton" multiplies
+        bfloat16 inputs as such, and accumulates in float32. The state keeps its autograd graph:
+        detach it where backpropagation through time is to stop.
 
     Raises:
-        ValueError: if shapes, dtypes or options do not fit together.
+        ValueError: if shapes, dtypes or options do not fit together, or not the backend.
         TypeError: if the state is of another op.
+        RuntimeError: backend "triton" without a GPU, or without triton.
     """
     size = q.shape[-1]
     options: dict[str, Any] = {
@@ -102,12 +107,13 @@ def ttt_linear(
         "write_mask": write_mask,
         "document_ids": document_ids,
     }
-    run = select_backend("ttt_linear", backend, BACKENDS)
     check_ttt_tokens(q, k, v, eta, norm_weight, norm_bias)
     check_ttt_weights(q, w=(w, size, size), b=(b, 1, size))
     check_ttt_options(q, **options)
     shapes = {"dw": (size, size), "db": (1, size)}
     check_ttt_state(q, state, TTTLinearState, shapes, (mini_batch_size or 0) if causal else 0)
+    obstacle = partial(triton_obstacle, q, mini_batch_size=mini_batch_size)
+    run = dispatch("ttt_linear", backend, BACKENDS, q, obstacle)
     return run(
         q, k, v, eta, norm_weight, norm_bias, w, b, state=state, flush=flush, eps=eps, **options
     )

@@ -1,0 +1,84 @@
+"""Timing of an op on a GPU: the machine's ceilings, medians from device events, peak memory."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Ceilings(NamedTuple):
+    """What the machine does at best, in TFLOP/s and GB/s."""
+
+    matmul: float
+    copy: float
+
+
+class Timing(NamedTuple):
+    """Milliseconds (median, 10th and 90th percentile) and peak GiB above what was there before."""
+
+    median: float
+    low: float
+    high: float
+    memory: float
+
+
+def ceilings(width: int = 8192, repeats: int = 20) -> Ceilings:
+    """A bfloat16 matrix product of `width`, and a copy of 2 GiB (bytes read plus bytes written)."""
+    a, b = (torch.randn(width, width, device="cuda").bfloat16() for _ in range(2))
+    product = time_call(lambda: a @ b, repeats)
+    x = torch.randn(2**29, device="cuda")
+    y = torch.empty_like(x)
+    copy = time_call(lambda: y.copy_(x), repeats)
+    return Ceilings(2 * width**3 / product.median / 1e9, 2 * 4 * x.numel() / copy.median / 1e6)
+
+
+def time_call(call: Callable[[], Any], repeats: int = 20, seconds: float = 3.0) -> Timing:
+    """Time a call after three to warm up; slow ones are repeated less, at least three times."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    once = _elapsed(call, 1)[0]
+    repeats = max(3, min(repeats, int(1000 * seconds / max(once, 1e-3))))
+    times = sorted(_elapsed(call, repeats))
+    tenth = len(times) // 10
+    memory = (torch.cuda.max_memory_allocated() - before) / 2**30
+    return Timing(statistics.median(times), times[tenth], times[-1 - tenth], memory)
+
+
+def _elapsed(call: Callable[[], Any], repeats: int) -> list[float]:
+    """Milliseconds of each call; nothing waits between them."""
+    pairs = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        pairs.append((begin, end))
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in pairs]
+
+
+def kernel_times(call: Callable[[], Any], repeats: int = 5) -> list[tuple[str, float, int]]:
+    """Name, milliseconds and launches of each kernel in one call, the longest first."""
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    rows = [
+        (event.key, event.self_device_time_total / repeats / 1000, event.count // repeats)
+        for event in profile.key_averages()
+        if event.self_device_time_total > 0
+    ]
+    return sorted(rows, key=lambda row: -row[1])
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """`|| actual - expected || / || expected ||`; NaN where something is NaN."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm())

@@ -1,0 +1,295 @@
+"""`ops.ttt_linear` on a GPU: kernels against the torch backend and flash-linear-attention.
+
+    python benchmarks/ops_ttt_linear.py --out ops_ttt_linear.md
+    python benchmarks/ops_ttt_linear.py --cases B8_T4096_m16 --kernels   # time of each kernel
+    python benchmarks/ops_ttt_linear.py --cases B8_T4096_m16 --sweep     # warps and stages
+
+Ceilings come first, then the error against float64 of outputs, state and gradients (bfloat16 on a
+part of each case), then forward, and forward plus backward: medians of device events. FLOPs are
+those of the maths (three products with W forward, twice that backward, and the dual form), bytes
+what must move at least: q, k, v, o, their gradients. The peer (fla-core, if it is installed) has
+one step size per position instead of one per key and adds its LayerNorm to another residual; with a
+constant eta the final states agree, which is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from op_timing import Ceilings, Timing, ceilings, kernel_times, relative, time_call
+from torch import Tensor
+
+from lightning_modules.ops import ttt_linear
+from lightning_modules.ops.ttt_linear import launch
+
+NAMES = ("q", "k", "v", "eta", "norm_weight", "norm_bias", "w", "b")
+TOLERANCE = 0.03
+"""Of bfloat16 operands: 8 bits each, through a dozen products; NaN does not pass."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of a call; `flags` adds a mask, a carried state and documents."""
+
+    batch: int
+    time: int
+    heads: int
+    size: int
+    mini_batch_size: int | None
+    flags: tuple[str, ...] = ()
+
+    @property
+    def causal(self) -> bool:
+        """Whether tokens read in order."""
+        return self.mini_batch_size is not None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens times heads."""
+        return self.batch * self.time * self.heads
+
+    def bytes(self, backward: bool) -> int:
+        """Fewest bytes: q, k, v, o; then q, k, v, do, dq, dk, dv; a float32 eta each time."""
+        vectors, scalars = (11, 3) if backward else (4, 1)
+        return self.tokens * (2 * self.size * vectors + 4 * scalars)
+
+    def flops(self, backward: bool) -> int:
+        """Products with W and inside mini-batches (half of them causal)."""
+        inside = (self.mini_batch_size or 2 * self.time) // 2
+        forward = 2 * self.size * (3 * self.size + 2 * inside)
+        return self.tokens * forward * (3 if backward else 1)
+
+
+CASES = {
+    "B8_T4096_m16": Case(8, 4096, 16, 64, 16),
+    "B8_T4096_m64": Case(8, 4096, 16, 64, 64),
+    "B1_T32768_m16": Case(1, 32768, 16, 64, 16),
+    "B8_T4096_m16_all": Case(8, 4096, 16, 64, 16, ("mask", "state", "documents")),
+    "B8_T4096_m16_state": Case(8, 4096, 16, 64, 16, ("state",)),
+    "B3_T1021_D96_m20": Case(3, 1021, 5, 96, 20, ("mask", "state")),
+    "B64_T51_D128_call": Case(64, 51, 8, 128, None),
+}
+
+
+def draw(case: Case, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Random tensors on the scale of a trained layer, and the other keywords."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(*shape, device="cuda", generator=generator)
+
+    shape, d = (case.batch, case.time, case.heads), case.size
+    x = {name: normal(*shape, d).bfloat16() for name in ("q", "k", "v")}
+    x["q"], x["k"] = (torch.nn.functional.normalize(x[n], dim=-1) for n in ("q", "k"))
+    x["eta"] = torch.full(shape, 1.0 / (1 if case.causal else case.time), device="cuda")
+    x["norm_weight"] = 1 + normal(case.heads, d, scale=0.1)
+    x["norm_bias"] = normal(case.heads, d, scale=0.1)
+    x["w"], x["b"] = normal(case.heads, d, d, scale=0.1), normal(case.heads, 1, d, scale=0.02)
+    options: dict[str, Any] = {"causal": case.causal, "mini_batch_size": case.mini_batch_size}
+    if "mask" in case.flags:
+        options["mask"] = torch.rand(shape[:2], device="cuda", generator=generator) > 0.1
+    if "documents" in case.flags:
+        starts = torch.rand(shape[:2], device="cuda", generator=generator) < 0.002
+        options["document_ids"] = starts.cumsum(1)
+    if "state" in case.flags:
+        before = [x[name][:, :21] for name in NAMES[:4]] + [x[name] for name in NAMES[4:]]
+        given = {"causal": case.causal, "mini_batch_size": case.mini_batch_size}
+        options["state"] = ttt_linear(*before, **given, backend="torch")[1]
+    return x, options
+
+
+def forward(x: dict[str, Tensor], options: dict[str, Any], backend: str) -> Callable[[], Any]:
+    """A call without gradients."""
+
+    def run() -> Any:
+        with torch.no_grad():
+            return ttt_linear(*(x[name] for name in NAMES), **options, backend=backend)
+
+    return run
+
+
+def training(x: dict[str, Tensor], options: dict[str, Any], backend: str) -> Callable[[], Any]:
+    """A call and the gradients of everything."""
+    leaves = {name: x[name].detach().clone().requires_grad_() for name in NAMES}
+    generator = torch.Generator("cuda").manual_seed(2)
+    upper = torch.randn(x["q"].shape, device="cuda", generator=generator).bfloat16()
+    upper = upper.to(x["q"].dtype)
+
+    def run() -> Any:
+        o, state = ttt_linear(*leaves.values(), **options, backend=backend)
+        return o, state, torch.autograd.grad(o, list(leaves.values()), upper)
+
+    return run
+
+
+def errors(case: Case, fp32: bool) -> dict[str, float]:
+    """Errors against float64 on a part of the case."""
+    part = Case(
+        min(case.batch, 2), min(case.time, 200), min(case.heads, 2), case.size,
+        case.mini_batch_size, case.flags,
+    )  # fmt: skip
+    x, options = draw(part, seed=1)
+    if fp32:
+        x = {name: value.float() for name, value in x.items()}
+    exact, given = {n: v.double() for n, v in x.items()}, dict(options)
+    if "state" in options:
+        state = options["state"]
+        given["state"] = type(state)(*(s.double() if s.is_floating_point() else s for s in state))
+    expected = training(exact, given, "torch")()
+    actual = training(x, options, "triton")()
+    found = {"o": relative(actual[0], expected[0]), "state": relative(actual[1][0], expected[1][0])}
+    pairs = zip(NAMES, actual[2], expected[2], strict=True)
+    return found | {f"d{name}": relative(a, e) for name, a, e in pairs}
+
+
+def peers(x: dict[str, Tensor], case: Case) -> dict[str, Callable[[bool], Callable[[], Any]]]:
+    """The peer's ops on the same tensors; empty without it, or where it cannot."""
+    try:
+        from fla.ops.ttt import chunk_ttt_linear, fused_chunk_ttt_linear
+    except ImportError as error:
+        print(f"no peer: {error}")
+        return {}
+    if case.flags or not case.causal:
+        return {}
+    m = case.mini_batch_size
+    steps = 1.0 / (torch.arange(case.time, device="cuda") % m + 1)
+    eta = (x["eta"] * steps.view(1, -1, 1)).unsqueeze(-1).bfloat16()
+    initial = [x[name].expand(case.batch, *x[name].shape).contiguous() for name in ("w", "b")]
+    tensors = [x["q"], x["k"], x["v"], x["norm_weight"], x["norm_bias"], eta, *initial]
+
+    def build(op: Callable[..., Any], backward: bool) -> Callable[[], Any]:
+        leaves = [t.detach().clone().requires_grad_(backward) for t in tensors]
+        upper = torch.randn_like(x["q"])
+
+        def run() -> Any:
+            with torch.set_grad_enabled(backward):
+                o, *state = op(
+                    *leaves[:6], scale=1.0, chunk_size=m, initial_state=leaves[6],
+                    initial_state_bias=leaves[7], output_final_state=True,
+                )  # fmt: skip
+                return torch.autograd.grad(o, leaves, upper) if backward else (o, *state)
+
+        return run
+
+    ops = {"fla chunk": chunk_ttt_linear, "fla fused": fused_chunk_ttt_linear}
+    return {name: lambda backward, op=op: build(op, backward) for name, op in ops.items()}
+
+
+def attempt(call: Callable[[], Any], repeats: int) -> Timing | str:
+    """The timing, or why there is none."""
+    try:
+        return time_call(call, repeats)
+    except Exception as error:
+        torch.cuda.synchronize()
+        return f"failed: {(str(error).strip() or type(error).__name__).splitlines()[0][:80]}"
+
+
+def rows(name: str, case: Case, top: Ceilings, options: argparse.Namespace) -> list[str]:
+    """The lines of a case: kernels, torch, peers."""
+    x, given = draw(case)
+    arms = {
+        backend: (forward(x, given, backend), training(x, given, backend))
+        for backend in ("triton", *(() if options.no_torch else ("torch",)))
+    }
+    for peer, build in peers(x, case).items():
+        arms[peer] = build(False), build(True)
+    times: dict[str, list[Timing | str]] = {}
+    for arm, calls in arms.items():
+        times[arm] = [attempt(call, options.repeats) for call in calls]
+        print(f"  {name} {arm}: {times[arm]}", flush=True)
+    if "fla chunk" in arms and not isinstance(times["fla chunk"][0], str):
+        ours = forward(x, given | {"flush": True}, "triton")()[1]
+        error = relative(ours.dw + x["w"], arms["fla chunk"][0]()[1])
+        print(f"  {name}: final weights against the peer's: {error:.1e}", flush=True)
+    return [line(name, case, arm, times, top) for arm in arms]
+
+
+def line(
+    name: str, case: Case, arm: str, times: dict[str, list[Timing | str]], top: Ceilings
+) -> str:
+    """A row of the table."""
+    cells = [name, arm]
+    for index, measured in enumerate(times[arm]):
+        if isinstance(measured, str):
+            cells += [measured, "", "", "", "", ""]
+            continue
+        ms, backward = measured.median, index == 1
+        floor = case.bytes(backward) / top.copy / 1e6
+        peer = times.get("fla chunk", [""] * 2)[index]
+        cells += [
+            f"{ms:.3f} [{measured.low:.3f}, {measured.high:.3f}]",
+            f"{case.flops(backward) / ms / 1e9:.1f}",
+            f"{case.bytes(backward) / ms / 1e6:.0f}",
+            f"{100 * floor / ms:.0f} %",
+            "" if isinstance(peer, str) else f"{peer.median / ms:.2f}",
+            f"{measured.memory:.2f}",
+        ]
+    return f"| {' | '.join(cells)} |"
+
+
+def sweep(case: Case, repeats: int) -> None:
+    """Forward, and forward plus backward, for other warps and stages."""
+    x, given = draw(case)
+    walk, tile = launch._walk, launch._tile
+    choices = [("walk", w, s) for w, s in product((1, 2, 4, 8), (1, 2, 3))]
+    choices += [("tile", w, 1) for w in (2, 4, 8)]
+    for which, warps, stages in choices:
+        chosen = {"num_warps": warps, "num_stages": stages}
+        name, old = ("_walk", walk) if which == "walk" else ("_tile", tile)
+        setattr(launch, name, lambda *a, old=old, chosen=chosen: old(*a) | chosen)
+        found = [attempt(make(x, given, "triton"), repeats) for make in (forward, training)]
+        text = [f if isinstance(f, str) else f"{f.median:.3f}" for f in found]
+        print(f"  {which} warps {warps} stages {stages}: {text}", flush=True)
+        launch._walk, launch._tile = walk, tile
+
+
+def main() -> None:
+    """Print the tables, and write the last one."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--no-torch", action="store_true", help="leave the torch backend out")
+    parser.add_argument("--kernels", action="store_true", help="time of each kernel instead")
+    parser.add_argument("--sweep", action="store_true", help="other warps and stages instead")
+    parser.add_argument("--out", type=Path, help="file to write")
+    options = parser.parse_args()
+    top = ceilings()
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}\n"
+        f"bf16 matmul {top.matmul:.0f} TFLOP/s, copy {top.copy:.0f} GB/s",
+        flush=True,
+    )
+    head = "ms [p10, p90] | TFLOP/s | GB/s | of byte floor | peer / this | GiB"
+    lines = [f"| case | arm | forward {head} | forward + backward {head} |", "|---" * 14 + "|"]
+    for name in options.cases:
+        case = CASES[name]
+        if options.sweep or options.kernels:
+            print(name)
+        if options.sweep:
+            sweep(case, options.repeats)
+        elif options.kernels:
+            for kernel, ms, count in kernel_times(training(*draw(case), "triton")):
+                print(f"  {ms:8.4f} ms {count:3d} x {kernel[:90]}")
+        else:
+            for fp32 in (False, True) if case.size <= 64 else (False,):
+                found = errors(case, fp32)
+                good = all(e <= (1e-4 if fp32 else TOLERANCE) for e in found.values())
+                text = ", ".join(f"{n} {e:.1e}" for n, e in found.items())
+                print(f"{name} {'fp32' if fp32 else 'bf16'}: {text}: {'good' if good else 'WRONG'}")
+            lines += rows(name, case, top, options)
+            if options.out:
+                options.out.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

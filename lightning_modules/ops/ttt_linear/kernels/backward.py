@@ -1,0 +1,249 @@
+"""TTT-Linear in Triton: the first two kernels of the backward pass.
+
+As in the forward pass only what has to wait does: `output_gradient_kernel` and
+`inputs.input_gradient_kernel` take groups of mini-batches, all at once, and between them
+`weight_gradient_kernel` walks back through the mini-batches of a row and head with the gradient
+`L` at the weights that a mini-batch leaves behind. A mini-batch with keys k, queries q,
+predictions `z = k W + b` and `p = q W_i + b_i`, and steps `s_j`, gives
+
+    dG_j = sum_i c_ij (q_i . k_j + 1) dp_i + s_j (k_j L + l)
+    L   += q^T dp + k^T dz,   l += sum(dp) + sum(dz)
+
+and dz from dG as below. `L` is kept less its mean over the outputs, to which `sum(G_j) = 0` makes
+everything blind.
+"""
+
+import triton
+import triton.language as tl
+
+from lightning_modules.ops.ttt_linear.kernels.tiles import (
+    SIZES,
+    add_to,
+    closing_factors,
+    load_etas,
+    load_slots,
+    load_tokens,
+    places,
+    predictions,
+    reading_coefficients,
+    store_weights,
+)
+
+
+@triton.jit
+def normalised(z, D: tl.constexpr, EPS: tl.constexpr):
+    """Centred rows divided by their standard deviation, and 1 / that."""
+    rstd = tl.rsqrt(tl.sum(z * z, 1) / D + EPS)
+    return z * rstd[:, None], rstd
+
+
+@triton.jit(do_not_specialize=SIZES)
+def output_gradient_kernel(
+    q,
+    k,
+    v,
+    eta,
+    tau,
+    gamma,
+    beta,
+    held_k,
+    held_v,
+    held_eta,
+    token,
+    fill,
+    last,
+    g,
+    weights,
+    biases,
+    do,
+    dp,
+    dg,
+    zh,
+    rstd,
+    along,
+    sums,
+    T,
+    N,
+    m,
+    S,
+    P,
+    B,
+    H,
+    EPS: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BG: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    FLUSH: tl.constexpr,
+    HAS_GRID: tl.constexpr,
+    HAS_PENDING: tl.constexpr,
+):
+    """Gradients at what queries read, and of `G` inside their mini-batch; statistics of z.
+
+    Per slot: `dp`, `dg`, the normalised prediction `zh` for the key, `rstd = 1 / std`, and
+    `along = mean(zh h)`; per group: `sum(do ph)` and `sum(do)`, for gamma and beta.
+    """
+    group, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = row // H, row % H
+    lane, slot = tl.arange(0, BD), tl.arange(0, BG)
+    d = lane[None, :]
+    n, i = group * S + slot // m, slot % m
+    inside = (slot < S * m) & (n < N)
+    t, there = places(token, b, n, i, inside, B, T, P, m, HAS_GRID)
+    e = load_etas(eta, held_eta, t, there, b, h, T, P, H, HAS_PENDING)
+    factor, _ = closing_factors(tau, fill, last, n, b, B, N, T, m, CAUSAL, FLUSH, HAS_GRID)
+    t, there = t[:, None], there[:, None]
+    asked = there & (t >= 0)
+    keys = load_tokens(k, held_k, t, there, d, b, h, T, P, H, D, HAS_PENDING)
+    queries = load_tokens(q, q, t, asked, d, b, h, T, P, H, D, False)
+    place = row * N * m + n * m + i
+    at, kept = place[:, None] * D + d, inside[:, None] & (d < D)
+    new = load_slots(g, place[:, None], d, inside[:, None], D)
+    gain = tl.load(gamma + h * D + d, mask=d < D, other=0.0)
+    shift = tl.load(beta + h * D + d, mask=d < D, other=0.0)
+    state = row * tl.cdiv(N, S) + group
+    # what the queries read, and its gradient
+    c = reading_coefficients(tau, e, factor, n, i, m, True, CAUSAL)
+    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+    p = predictions(queries, scores, c, new, weights, biases, state, lane, D, PRECISION)
+    ph, over = normalised(p, D, EPS)
+    upper = load_tokens(do, do, t, asked, d, b, h, T, P, H, D, False).to(p.dtype)
+    tl.store(sums + state * 2 * D + lane, tl.sum(upper * ph, 0), mask=lane < D)
+    tl.store(sums + state * 2 * D + D + lane, tl.sum(upper, 0), mask=lane < D)
+    y = gain * upper
+    y = y - (tl.sum(y, 1) / D)[:, None] - ph * (tl.sum(ph * y, 1) / D)[:, None]
+    y = tl.where(d < D, y * over[:, None], 0.0).to(keys.dtype)
+    tl.store(dp + at, y, mask=kept)
+    mixed = tl.where(n[:, None] == n[None, :], c * (scores + 1.0), 0.0).to(keys.dtype)
+    tl.store(
+        dg + at, tl.dot(tl.trans(mixed), y, input_precision=PRECISION).to(keys.dtype), mask=kept
+    )
+    # what the keys read
+    c = reading_coefficients(tau, e, factor, n, i, m, False, CAUSAL)
+    scores = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
+    z = predictions(keys, scores, c, new, weights, biases, state, lane, D, PRECISION)
+    z, over = normalised(z, D, EPS)
+    values = load_tokens(v, held_v, t, there, d, b, h, T, P, H, D, HAS_PENDING)
+    error = gain * (gain * z + shift + keys.to(z.dtype) - values.to(z.dtype))
+    tl.store(zh + at, z.to(keys.dtype), mask=kept)
+    tl.store(rstd + place, over, mask=inside)
+    tl.store(along + place, tl.sum(z * error, 1) / D, mask=inside)
+
+
+@triton.jit
+def key_gradients(dg, zh, g, gain, r, a, D: tl.constexpr):
+    """`dh` and `dz` from `dG` (all `[D, slots]`): the equations of `weight_gradient_kernel`."""
+    x = (tl.sum(zh * dg, 0) / D)[None, :]
+    dh = r * (dg - zh * x)
+    y = gain * gain * dh
+    mean, along = tl.sum(y, 0) / D, tl.sum(zh * y + dg * g, 0) / D
+    return dh, r * (y - mean[None, :] - zh * along[None, :] - a * dh - x * g)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def weight_gradient_kernel(
+    q,
+    k,
+    eta,
+    tau,
+    gamma,
+    held_k,
+    held_eta,
+    token,
+    fill,
+    last,
+    restart,
+    g,
+    dp,
+    dg,
+    zh,
+    rstd,
+    along,
+    dw_out,
+    db_out,
+    dh,
+    dz,
+    dweights,
+    dbiases,
+    dw,
+    db,
+    dw_rows,
+    db_rows,
+    T,
+    N,
+    m,
+    S,
+    P,
+    B,
+    H,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    FLUSH: tl.constexpr,
+    HAS_GRID: tl.constexpr,
+    HAS_PENDING: tl.constexpr,
+    HAS_DSTATE: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr,
+):
+    """Walk back through the mini-batches of a row and head: `dh`, `dz`, `L`, `l` of each group.
+
+    With `r = 1 / std`, `a = mean(zh h)`, `x = mean(zh dG)`:
+
+        dh = r (dG - zh x),   y = gamma^2 dh
+        dz = r (y - mean(y) - zh (mean(zh y) + mean(dG G)) - a dh - x G)
+
+    At a mini-batch that starts a document `L` goes to the initial weights and starts from 0.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    b, h = row // H, row % H
+    d, i = tl.arange(0, BD), tl.arange(0, BT)
+    real = (d[:, None] < D) & (d[None, :] < D)
+    gain = tl.load(gamma + h * D + d, mask=d < D, other=0.0)[:, None]
+    upward = row * D * D + d[None, :] * D + d[:, None]
+    upper = tl.zeros([BD, BD], dtype=gamma.dtype.element_ty)
+    upper_bias = tl.zeros([BD], dtype=gamma.dtype.element_ty)
+    if HAS_DSTATE:
+        upper += tl.load(dw_out + upward, mask=real, other=0.0)
+        upper_bias += tl.load(db_out + row * D + d, mask=d < D, other=0.0)
+    for back in range(0, N):
+        n = N - 1 - back
+        if (n % S == S - 1) | (back == 0):
+            group = row * tl.cdiv(N, S) + n // S
+            store_weights(dweights, dbiases, group, upper, upper_bias, d, D)
+        t, there = places(token, b, n, i, i < m, B, T, P, m, HAS_GRID)
+        e = load_etas(eta, held_eta, t, there, b, h, T, P, H, HAS_PENDING)
+        factor, _ = closing_factors(tau, fill, last, n, b, B, N, T, m, CAUSAL, FLUSH, HAS_GRID)
+        across, here = t[None, :], there[None, :]
+        keys = load_tokens(k, held_k, across, here, d[:, None], b, h, T, P, H, D, HAS_PENDING)
+        asked = (there & (t >= 0))[:, None]
+        queries = load_tokens(q, q, t[:, None], asked, d[None, :], b, h, T, P, H, D, False)
+        slot, inside = row * N * m + n * m + i, i < m
+        at, kept = slot[None, :] * D + d[:, None], inside[None, :] & (d[:, None] < D)
+        asking = tl.load(dp + at, mask=kept, other=0.0)
+        own = tl.load(dg + at, mask=kept, other=0.0).to(gain.dtype)
+        z = tl.load(zh + at, mask=kept, other=0.0).to(gain.dtype)
+        new = tl.load(g + at, mask=kept, other=0.0).to(gain.dtype)
+        r = tl.load(rstd + slot, mask=inside, other=0.0)[None, :]
+        a = tl.load(along + slot, mask=inside, other=0.0)[None, :]
+        wrote = tl.dot(upper.to(keys.dtype), keys, input_precision=PRECISION)
+        own += (wrote + upper_bias[:, None]) * (-factor * e)[None, :]
+        below, read = key_gradients(own, z, new, gain, r, a, D)
+        read = tl.where(kept, read, 0.0)
+        tl.store(dh + at, below.to(keys.dtype), mask=kept)
+        tl.store(dz + at, read.to(keys.dtype), mask=kept)
+        upper += tl.dot(asking, queries, input_precision=PRECISION)
+        upper += tl.dot(read.to(keys.dtype), tl.trans(keys), input_precision=PRECISION)
+        upper_bias += tl.sum(asking.to(gain.dtype) + read, 1)
+        if HAS_DOCUMENTS:  # noqa: SIM102  (known when the kernel is compiled)
+            if tl.load(restart + n * B + b) != 0:
+                add_to(dw_rows + upward, upper, real)
+                add_to(db_rows + row * D + d, upper_bias, d < D)
+                upper, upper_bias = upper * 0.0, upper_bias * 0.0
+    tl.store(dw + upward, upper, mask=real)
+    tl.store(db + row * D + d, upper_bias, mask=d < D)
+    if HAS_DOCUMENTS:
+        add_to(dw_rows + upward, upper, real)
+        add_to(db_rows + row * D + d, upper_bias, d < D)

@@ -1,0 +1,144 @@
+"""TTT-Linear in Triton: how the work is cut, and what the kernels share.
+
+A mini-batch of m tokens waits for the weights that the one before it leaves behind, so one program
+for each row and head walks through them (`forward.write_kernel`) and does nothing but that: it
+finds the gradients `G_j` and adds them to W. All that does not have to wait is left to kernels that
+take the mini-batches of a *group* at once: up to 64 tokens, seen as one tile. With W, b the weights
+at the start of the group, token i reads
+
+    x_i W + b + sum_j c_ij (x_i . k_j + 1) G_j
+
+with `c_ij` the *coefficient* of `reading_coefficients`, so that a group needs the weights of its
+first mini-batch only. Slot i of mini-batch n has index `n m + i` in what kernels hand each other,
+`[B, H, N m, D]`; the tokens stay where they are.
+
+W and b are kept less their mean over the outputs. No LayerNorm sees it, and no gradient changes it,
+as `sum(G_j) = 0`. Matrix products take their operands in the dtype of q.
+"""
+
+import triton
+import triton.language as tl
+
+SIZES = ("T", "N", "m", "S", "P", "B", "H")
+"""Arguments whose value must not make a kernel compile again."""
+
+
+@triton.jit
+def places(token, b, n, i, inside, B, T, P, m, HAS_GRID: tl.constexpr):
+    """Positions in the call of the tokens in slots (n, i), and which slots have one.
+
+    The P tokens of the state come first: their positions are negative.
+    """
+    if HAS_GRID:
+        found = tl.load(token + (n * B + b) * m + i, mask=inside, other=-1)
+        t = found - b * (P + T) - P
+        there = inside & (found >= 0)
+    else:
+        t = n * m + i
+        there = inside & (t < T)
+    return t, there
+
+
+@triton.jit
+def load_tokens(call, held, t, there, d, b, h, T, P, H, D: tl.constexpr, HAS_PENDING: tl.constexpr):
+    """Vectors from `[B, T, H, D]`, or from the state's `[B, P, H, D]`; 0 where no token is."""
+    real = there & (d < D)
+    x = tl.load(call + ((b * T + t) * H + h) * D + d, mask=real & (t >= 0), other=0.0)
+    if HAS_PENDING:
+        place = ((b * P + P + t) * H + h) * D + d
+        x = x + tl.load(held + place, mask=real & (t < 0), other=0.0).to(x.dtype)
+    return x
+
+
+@triton.jit
+def load_etas(call, held, t, there, b, h, T, P, H, HAS_PENDING: tl.constexpr):
+    """Step sizes from `[B, T, H]`, or from the state's `[B, P, H]`; 0 where no token is."""
+    eta = tl.load(call + (b * T + t) * H + h, mask=there & (t >= 0), other=0.0)
+    if HAS_PENDING:
+        eta += tl.load(held + (b * P + P + t) * H + h, mask=there & (t < 0), other=0.0)
+    return eta
+
+
+@triton.jit
+def closing_factors(
+    tau,
+    fill,
+    last,
+    n,
+    b,
+    B,
+    N,
+    T,
+    m,
+    CAUSAL: tl.constexpr,
+    FLUSH: tl.constexpr,
+    HAS_GRID: tl.constexpr,
+):
+    """tau of the token that closes mini-batch n, 0 if it stays open, and how many it holds."""
+    if HAS_GRID:
+        held = tl.load(fill + n * B + b, mask=n < N, other=0)
+        final = tl.load(last + b)
+    else:
+        held = tl.minimum(m, T - n * m)
+        final = N - 1
+    closed = held == m
+    if FLUSH:
+        closed = closed | ((n == final) & (held > 0))
+    if CAUSAL:
+        factor = tl.load(tau + tl.maximum(held - 1, 0), mask=closed, other=0.0)
+    else:
+        factor = tl.where(n < N, 1.0, 0.0)
+    return factor, tl.where(closed, held, 0)
+
+
+@triton.jit
+def store_weights(weights, biases, at, weight, bias, d, D: tl.constexpr):
+    """Put a transposed weight `[out, in]` and a bias to place `at` of `[..., D, D]`, `[..., D]`."""
+    real = (d[:, None] < D) & (d[None, :] < D)
+    place = at * D * D + d[:, None] * D + d[None, :]
+    tl.store(weights + place, weight.to(weights.dtype.element_ty), mask=real)
+    tl.store(biases + at * D + d, bias, mask=d < D)
+
+
+@triton.jit
+def load_slots(x, at, d, inside, D: tl.constexpr):
+    """Vectors of a group from `[B, H, N m, D]`, 0 outside."""
+    return tl.load(x + at * D + d, mask=inside & (d < D), other=0.0)
+
+
+@triton.jit
+def reading_coefficients(tau, e, factor, n, i, m, OWN: tl.constexpr, CAUSAL: tl.constexpr):
+    """`c_ij`: what slot i reads of `G_j`: all that earlier mini-batches of the group wrote,
+
+    `-factor_j eta_j`, and, if OWN, of its own one `-tau_i eta_j` for j <= i (not causal: `-eta_j`
+    for all j).
+    """
+    c = tl.where(n[:, None] > n[None, :], (-factor * e)[None, :], 0.0)
+    if OWN:
+        seen = n[:, None] == n[None, :]
+        own = -e[None, :]
+        if CAUSAL:
+            seen = seen & (i[:, None] >= i[None, :])
+            own = own * tl.load(tau + i)[:, None]
+        c = tl.where(seen, own, c)
+    return c
+
+
+@triton.jit
+def predictions(
+    x, scores, c, new, weights, biases, at, d, D: tl.constexpr, PRECISION: tl.constexpr
+):
+    """`x W + b + (c (x k^T + 1)) G`, `[slots, D]`, less its mean over D; scores are `x k^T`."""
+    real = (d[:, None] < D) & (d[None, :] < D)
+    place = at * D * D + d[None, :] * D + d[:, None]
+    weight = tl.load(weights + place, mask=real, other=0.0)
+    z = tl.dot(x, weight, input_precision=PRECISION)
+    z += tl.load(biases + at * D + d, mask=d < D, other=0.0)[None, :]
+    z += tl.dot((c * (scores + 1.0)).to(x.dtype), new, input_precision=PRECISION)
+    return tl.where((d < D)[None, :], z - (tl.sum(z, 1) / D)[:, None], 0.0)
+
+
+@triton.jit
+def add_to(place, x, real):
+    """Add to what one program alone writes."""
+    tl.store(place, tl.load(place, mask=real, other=0.0) + x, mask=real)

@@ -1,0 +1,315 @@
+"""TTT-Linear's kernels as one differentiable function."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_modules.ops.ttt_eager import refuse_second_derivatives
+from lightning_modules.ops.ttt_linear.layout import GROUP, Layout
+
+
+class Call(NamedTuple):
+    """What the kernels are told beside tensors.
+
+    Attributes:
+        layout: how rows are cut into mini-batches.
+        causal: as in the op.
+        flush: as in the op.
+        masked: whether tokens of the call may have no slot.
+        eps: of the LayerNorms.
+    """
+
+    layout: Layout
+    causal: bool
+    flush: bool
+    masked: bool
+    eps: float
+
+
+class TTTLinear(torch.autograd.Function):
+    """`o, dw, db` of a call; differentiable once.
+
+    Inputs are contiguous: `q, k, v [B, T, H, D]` in one dtype, the others in that of the state:
+    `eta [B, T, H]`, `tau [m]` (None: not causal), `gamma, beta [H, D]`, `w [H or B H, D, D]` and
+    `b`, the state's `dw, db` (None: zero) and pending `k, v, eta` (None: it has none).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        o, dw, db, saved = run_forward(call, Inputs(*inputs))
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *saved)
+        return o, dw, db
+
+    @staticmethod
+    def backward(
+        ctx: Any, do: Tensor | None, dw: Tensor | None, db: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives("ttt_linear", "triton")
+        tensors, count = ctx.saved_tensors, len(Inputs._fields)
+        inputs, saved = Inputs(*tensors[:count]), Saved(*tensors[count:])
+        return None, *run_backward(ctx.call, inputs, saved, do, dw, db)
+
+
+class Inputs(NamedTuple):
+    """The tensors that `TTTLinear` takes, in this order; gradients come in the same order."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    eta: Tensor
+    tau: Tensor | None
+    gamma: Tensor
+    beta: Tensor
+    w: Tensor
+    b0: Tensor
+    dw: Tensor | None
+    db: Tensor | None
+    held_k: Tensor | None
+    held_v: Tensor | None
+    held_eta: Tensor | None
+
+
+class Saved(NamedTuple):
+    """What the forward kernels leave for the backward ones.
+
+    Attributes:
+        g: gradients at the predictions for the keys, `[B, H, N m, D]`.
+        weights: transposed weight at the start of each group, `[B, H, N / S, D, D]`.
+        biases: its bias, `[B, H, N / S, D]`.
+    """
+
+    g: Tensor
+    weights: Tensor
+    biases: Tensor
+
+
+def run_forward(call: Call, x: Inputs) -> tuple[Tensor, Tensor, Tensor, Saved]:
+    """Outputs, the state's changes, and what the backward pass needs."""
+    from lightning_modules.ops.ttt_linear.kernels.forward import read_kernel, write_kernel
+
+    layout, (batch, _, heads, size) = call.layout, x.q.shape
+    groups, slots = -(-layout.number // layout.group), layout.number * layout.size
+    saved = Saved(
+        x.q.new_empty(batch, heads, slots, size),
+        x.q.new_empty(batch, heads, groups, size, size),
+        x.eta.new_empty(batch, heads, groups, size),
+    )
+    o = torch.zeros_like(x.q) if call.masked else torch.empty_like(x.q)
+    dw = x.eta.new_empty(batch, heads, size, size)
+    db = x.eta.new_empty(batch, heads, 1, size)
+    shared = _shared(call, x)
+    with torch.cuda.device_of(x.q):
+        write_kernel[(batch * heads,)](
+            **_tokens(x, "k", "v", "eta", "held_k", "held_v", "held_eta"),
+            **_tokens(x, "tau", "gamma", "beta", "w", "b0", "dw", "db"),
+            **saved._asdict(),
+            restart=layout.restart,
+            kept=layout.kept,
+            dw_out=dw,
+            db_out=db,
+            EPS=call.eps,
+            PER_ROW=x.w.dim() == 4,
+            HAS_STATE=x.dw is not None,
+            HAS_DOCUMENTS=layout.restart is not None,
+            **_walk(layout, size),
+            **shared,
+        )
+        read_kernel[(groups, batch * heads)](
+            **_tokens(x, "q", "k", "eta", "held_k", "held_eta", "tau", "gamma", "beta"),
+            **saved._asdict(),
+            o=o,
+            EPS=call.eps,
+            **_tile(layout, size),
+            **shared,
+        )
+    return o, dw, db, saved
+
+
+def run_backward(
+    call: Call,
+    x: Inputs,
+    saved: Saved,
+    do: Tensor | None,
+    dw_out: Tensor | None,
+    db_out: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the inputs, in their order, from those of the outputs (None: zero)."""
+    from lightning_modules.ops.ttt_linear.kernels import backward, inputs
+
+    layout, (batch, heads, groups, size, _) = call.layout, saved.weights.shape
+    do = torch.zeros_like(x.q) if do is None else do.contiguous()
+    upper = _upper(x, dw_out, db_out)
+    slot = {name: torch.empty_like(saved.g) for name in ("dp", "dg", "zh", "dh", "dz")}
+    scalar = {name: x.eta.new_empty(saved.g.shape[:3]) for name in ("rstd", "along")}
+    state = _state_gradients(call, saved, x)
+    sums = x.eta.new_empty(batch, heads, groups, 2, size)
+    token, shared = _token_gradients(call, x), _shared(call, x)
+    dtau = x.eta.new_empty(batch, heads, layout.number, layout.size)
+    ends = {"beta": x.beta, "do": do, "sums": sums, **_tile(layout, size)}
+    given = _tokens(x, "q", "k", "v", "eta", "held_k", "held_v", "held_eta", "tau", "gamma")
+    fewer = {name: given[name] for name in given if name not in ("v", "held_v")}
+    with torch.cuda.device_of(x.q):
+        backward.output_gradient_kernel[(groups, batch * heads)](
+            **given,
+            **saved._asdict(),
+            **scalar,
+            **{name: slot[name] for name in ("dp", "dg", "zh")},
+            **ends,
+            EPS=call.eps,
+            **shared,
+        )
+        backward.weight_gradient_kernel[(batch * heads,)](
+            **fewer,
+            **scalar,
+            **slot,
+            **state,
+            g=saved.g,
+            restart=layout.restart,
+            dw_out=upper[0],
+            db_out=upper[1],
+            HAS_DSTATE=upper[0] is not None,
+            HAS_DOCUMENTS=layout.restart is not None,
+            **_walk(layout, size),
+            **shared,
+        )
+        inputs.input_gradient_kernel[(groups, batch * heads)](
+            **given,
+            **{name: slot[name] for name in ("dp", "dh", "dz", "zh")},
+            **{name: state[name] for name in ("dweights", "dbiases")},
+            **token,
+            **ends,
+            g=saved.g,
+            weights=saved.weights,
+            dtau=dtau,
+            **shared,
+        )
+    return _gradients(call, x, state, token, upper, dw_out, db_out, sums, dtau)
+
+
+def _upper(
+    x: Inputs, dw: Tensor | None, db: Tensor | None
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Gradients at the outgoing state, less their mean over the outputs; None: zero."""
+    if dw is None and db is None:
+        return None, None
+    batch, _, heads, size = x.q.shape
+    dw = x.eta.new_zeros(batch, heads, size, size) if dw is None else dw
+    db = x.eta.new_zeros(batch, heads, 1, size) if db is None else db
+    return (
+        (dw - dw.mean(-1, keepdim=True)).contiguous(),
+        (db - db.mean(-1, keepdim=True)).contiguous(),
+    )
+
+
+def _state_gradients(call: Call, saved: Saved, x: Inputs) -> dict[str, Tensor | None]:
+    """Room for the gradients of each group's weights, the state, and documents' initial weights."""
+    batch, _, heads, size = x.q.shape
+    shapes = {"dw": (batch, heads, size, size), "db": (batch, heads, 1, size)}
+    documents = call.layout.restart is not None
+    rows = {f"{n}_rows": x.eta.new_zeros(s) if documents else None for n, s in shapes.items()}
+    return {
+        "dweights": torch.empty_like(saved.weights),
+        "dbiases": torch.empty_like(saved.biases),
+        **{name: x.eta.new_empty(shape) for name, shape in shapes.items()},
+        **rows,
+    }
+
+
+def _token_gradients(call: Call, x: Inputs) -> dict[str, Tensor | None]:
+    """Room for the gradients of tokens: zero where a token may have no slot."""
+    new = torch.zeros_like if call.masked else torch.empty_like
+    out: dict[str, Tensor | None] = {
+        f"d{name}": new(getattr(x, name)) for name in ("q", "k", "v", "eta")
+    }
+    for name in ("held_k", "held_v", "held_eta"):
+        held = getattr(x, name)
+        out[f"d{name}"] = None if held is None else torch.zeros_like(held)
+    return out
+
+
+def _gradients(
+    call: Call,
+    x: Inputs,
+    state: dict[str, Tensor | None],
+    token: dict[str, Tensor | None],
+    upper: tuple[Tensor, Tensor] | tuple[None, None],
+    dw_out: Tensor | None,
+    db_out: Tensor | None,
+    sums: Tensor,
+    dtau: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Sum what programs left in parts, in an order that does not depend on the run."""
+    norm = sums.sum((0, 2))
+    learned, carried = [], []
+    for name, given, centred, initial in (
+        ("dw", dw_out, upper[0], x.w),
+        ("db", db_out, upper[1], x.b0),
+    ):
+        below = state[name]
+        rows = below if state[f"{name}_rows"] is None else state[f"{name}_rows"]
+        assert below is not None and rows is not None
+        # The outgoing change is W less the initial weight.
+        rows = rows if centred is None else rows - centred
+        learned.append(rows if initial.dim() == 4 else rows.sum(0))
+        if given is not None:
+            mean = given.mean(-1, keepdim=True)
+            kept = call.layout.kept
+            below = below + (mean if kept is None else mean * kept.view(-1, 1, 1, 1))
+        carried.append(None if x.dw is None else below)
+    return (
+        *(token[f"d{name}"] for name in ("q", "k", "v", "eta")),
+        dtau.sum((0, 1, 2)) if call.causal else None,
+        norm[:, 0],
+        norm[:, 1],
+        *learned,
+        *carried,
+        *(token[f"dheld_{name}"] for name in ("k", "v", "eta")),
+    )
+
+
+def _tokens(x: Inputs, *names: str) -> dict[str, Tensor | None]:
+    return {name: getattr(x, name) for name in names}
+
+
+def _shared(call: Call, x: Inputs) -> dict[str, Any]:
+    """Sizes and switches that every kernel takes."""
+    layout, (batch, time, heads, size) = call.layout, x.q.shape
+    return {
+        "token": layout.token,
+        "fill": layout.fill,
+        "last": layout.last,
+        "T": time,
+        "N": layout.number,
+        "m": layout.size,
+        "S": layout.group,
+        "P": layout.pending,
+        "B": batch,
+        "H": heads,
+        "D": size,
+        "BD": _block(size),
+        "PRECISION": "tf32x3" if x.q.dtype == torch.float32 else "ieee",
+        "CAUSAL": call.causal,
+        "FLUSH": call.flush,
+        "HAS_GRID": layout.token is not None,
+        "HAS_PENDING": layout.pending > 0,
+    }
+
+
+def _walk(layout: Layout, size: int) -> dict[str, int]:
+    """Options of the kernels that walk from mini-batch to mini-batch."""
+    warps = 4 if size <= 64 and layout.size <= 32 else 8
+    return {"BT": _block(layout.size), "num_warps": warps, "num_stages": 2}
+
+
+def _tile(layout: Layout, size: int) -> dict[str, int]:
+    """Options of the kernels that take a group at once."""
+    slots = min(GROUP, layout.group * layout.size)
+    return {"BG": _block(slots), "num_warps": 4 if size <= 64 else 8, "num_stages": 1}
+
+
+def _block(size: int) -> int:
+    """The power of two that holds a size, at least what a matrix product needs."""
+    return max(16, 1 << (size - 1).bit_length())
