@@ -108,7 +108,7 @@ def losses_alone(module: TTTLoRAModule, tokens: Tensor) -> Tensor:
     handle, losses = FastState(), []
     for inputs, labels in zip(tokens[:-1].split(15), tokens[1:].split(15), strict=True):
         logits = module.model(inputs[None], use_cache=False, fast_state=handle).logits[0]
-        losses.append(F.cross_entropy(logits.float(), labels, reduction="none"))
+        losses.append(F.cross_entropy(logits, labels, reduction="none"))
         handle = handle.advance()
     return torch.cat(losses)
 
