@@ -5,7 +5,8 @@
 
 Every variant is trained by Lightning's Trainer with a TensorBoard logger, on the standard library
 as bytes (the action expert: on random episodes in the LeRobot format), with and without all
-monitors at their default intervals, in turn, `--repeats` times. After 20 steps the clock runs for
+monitors at their default intervals, in turn, `--repeats` times. After 110
+steps, which hold a flush (what is made and loaded once is no cost of a step), the clock runs for
 `--steps` steps, with the device synchronised before and behind: flushes and what they write are
 inside, validation is not. On a GPU every variant is then trained once more, looked at in every
 step, with CUDA raising an error wherever a step between two flushes waits for it.
@@ -50,7 +51,7 @@ from lightning_modules.models.action_expert import ExpertConfig
 from lightning_modules.models.memory_options import MemoryOptions
 from lightning_modules.models.ttt_lora import TTTLoRAPlacement
 
-WARM_UP = 20
+WARM_UP = 110
 FLUSH = 10
 """Steps from flush to flush where CUDA watches: nine in ten must not wait."""
 
@@ -204,11 +205,11 @@ def write_episodes(root: Path, episodes: int, frames: int) -> None:
 class Clock(pl.Callback):
     """Milliseconds per step behind the warm-up."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps, self.began, self.milliseconds = steps, 0.0, 0.0
+    def __init__(self, warm_up: int, steps: int) -> None:
+        self.warm_up, self.steps, self.began, self.milliseconds = warm_up, steps, 0.0, 0.0
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.global_step in (WARM_UP, WARM_UP + self.steps):
+        if trainer.global_step in (self.warm_up, self.warm_up + self.steps):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             now = time.perf_counter()
@@ -262,14 +263,15 @@ def run(
     return trainer
 
 
-def measure(name: str, size: Sizes, folder: Path, steps: int, repeats: int) -> str:
+def measure(name: str, size: Sizes, folder: Path, options: argparse.Namespace) -> str:
     """A line of the table."""
+    warm_up, steps = options.warm_up, options.steps
     times: dict[bool, list[float]] = {False: [], True: []}
-    for _ in range(repeats):
+    for _ in range(options.repeats):
         for watched in times:
-            clock = Clock(steps)
+            clock = Clock(warm_up, steps)
             watching = monitors() if watched else []
-            run(name, size, folder, WARM_UP + steps, [*watching, clock])
+            run(name, size, folder, warm_up + steps, [*watching, clock])
             times[watched].append(clock.milliseconds)
     cost = [100 * (on / off - 1) for off, on in zip(times[False], times[True], strict=True)]
     cells = [f"{statistics.median(t):.2f} [{min(t):.2f}, {max(t):.2f}]" for t in times.values()]
@@ -297,6 +299,7 @@ def main() -> None:
     )
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--warm-up", type=int, default=WARM_UP, help="steps before the clock runs")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--out", type=Path, help="file to write")
@@ -310,7 +313,7 @@ def main() -> None:
     for name in options.variants:
         with tempfile.TemporaryDirectory() as folder:
             size = TINY if options.tiny else FULL
-            line = measure(name, size, Path(folder), options.steps, options.repeats)
+            line = measure(name, size, Path(folder), options)
         lines.append(line)
         print(line, flush=True)
     packages = ("torch", "lightning", "transformers", "torchmetrics")
