@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-import triton_cases  # noqa: F401  (interprets the kernels)
+import triton_interpreter as triton_interpreter
 from torch.utils.checkpoint import checkpoint
 from ttt_cases import assert_same, differentiate, outputs, random_flags, run_in_pieces
 from ttt_lora_cases import FORMS, LoRACase, carried_state, case_of, make_case, with_everything
 
-from lightning_modules.ops.ttt_lora import choose, ttt_lora_cell
+from lightning_modules.ops import triton_backend
+from lightning_modules.ops.ttt_lora import ttt_lora_cell
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
 every_form = pytest.mark.parametrize("form", FORMS)
@@ -48,27 +49,31 @@ def test_triton_is_naive_in_tiles_of_unequal_sides() -> None:
 
 
 def test_auto_on_a_cpu_is_torch_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    choose._say_once.cache_clear()
+    triton_backend._announce.cache_clear()
     case = make_case(time=9)
-    with caplog.at_level(logging.INFO, logger=choose.__name__):
+    with caplog.at_level(logging.INFO, logger=triton_backend.__name__):
         same = outputs(*case.run("torch")), outputs(*case.run("auto"))
         case.run("auto")
     assert_same(*same, 0, "auto")
-    assert len(caplog.messages) == 1 and "torch backend: the inputs are on cpu" in caplog.text
+    assert (
+        len(caplog.messages) == 1 and "backend 'torch', as q is on the device 'cpu'" in caplog.text
+    )
 
 
 def test_triton_without_a_gpu_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(RuntimeError, match=r"inputs are on cpu: move.*TRITON_INTERPRET=1"):
+    with pytest.raises(RuntimeError, match=r"q is on 'cpu': move.*TRITON_INTERPRET=1"):
         make_case(time=3).run("triton")
 
 
 def test_triton_names_the_input_that_it_does_not_take() -> None:
-    with pytest.raises(ValueError, match=r"q must be .*float16; use backend='torch'"):
+    with pytest.raises(
+        ValueError, match=r"takes q in .*float16: convert it, or use"
+    ):
         make_case(time=3, dtype=torch.float16).run("triton")
-    with pytest.raises(ValueError, match=r"d=65 is over 64; use"):
+    with pytest.raises(ValueError, match=r"d = 65 is over 64: use"):
         make_case(time=3, size=65).run("triton")
-    with pytest.raises(ValueError, match=r"mini_batch_size=200 with d=17 does not fit"):
+    with pytest.raises(ValueError, match=r"mini_batch_size = 200 with d = 17 does not fit"):
         make_case(time=3, size=17, mini_batch_size=200).run("triton")
 
 

@@ -11,7 +11,7 @@ from lightning_modules.ops.states import TTTLoRAState
 from lightning_modules.ops.ttt_eager import autocast_device
 from lightning_modules.ops.ttt_lora.checks import check_ttt_lora
 from lightning_modules.ops.ttt_lora.choose import choose_backend
-from lightning_modules.ops.ttt_lora.fused import Call, run
+from lightning_modules.ops.ttt_lora.fused import Call, run, triton_ttt_lora
 from lightning_modules.ops.ttt_lora.plan import make_plan
 
 
@@ -65,10 +65,10 @@ def ttt_lora_cell(
     both = (None, None) if norm is None or loss == "plain" else (norm[:, 0], norm[:, 1])
     weights, flags = (base[:, :-1], base[:, -1]), (mask, document_ids)
     check_ttt_lora(q, k, v, eta, *weights, mini_batch_size, mode, loss, both, *flags, state)
-    name, function = choose_backend(backend, q, mini_batch_size)
+    function = choose_backend(backend, q, mini_batch_size)
     dtype = torch.promote_types(q.dtype, torch.float32)
     rates = (eta if adapt else torch.zeros_like(eta)).expand(q.shape[:3])
-    if name == "triton":
+    if function is triton_ttt_lora:
         plan = _shared_plan(projected, mini_batch_size, *flags, state, shared)
         width = d + -d % 8
         around = (True, norm_eps, q_residual)
