@@ -145,7 +145,8 @@ class StreamState:
             group=self.group,
             tokens_read=tokens_read,
         )
-        self._tokens_read = read_on(tokens_read, chunk)
+        # Who only reads stands elsewhere than what was learned: from there on the host cannot tell.
+        self._tokens_read = read_on(tokens_read, chunk) if adapt else None
         self.plans.append(plan)
         self.published.append(handle.published)
         self._last = handle

@@ -67,9 +67,7 @@ def test_triton_without_a_gpu_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_triton_names_the_input_that_it_does_not_take() -> None:
-    with pytest.raises(
-        ValueError, match=r"takes q in .*float16: convert it, or use"
-    ):
+    with pytest.raises(ValueError, match=r"takes q in .*float16: convert it, or use"):
         make_case(time=3, dtype=torch.float16).run("triton")
     with pytest.raises(ValueError, match=r"d = 65 is over 64: use"):
         make_case(time=3, size=65).run("triton")
