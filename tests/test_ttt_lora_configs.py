@@ -84,7 +84,7 @@ def fast_weight_tags(architecture: str, layers: int) -> set[str]:
     mlp = {"llama": ("gate_proj+up_proj", "down_proj"), "moshi": ("fc1", "fc2")}[architecture]
     groups = ["self_attn.q_proj+k_proj+v_proj", "self_attn.o_proj", *(f"mlp.{n}" for n in mlp)]
     return {
-        f"fast_weight/{quantity}/layer_{n:02d}/model.layers.{n}.{group}.ttt_lora"
+        f"fast_weight/{quantity}/layer_{n:02d}/{group}.ttt_lora"
         for quantity in quantities
         for n in range(layers)
         for group in groups
