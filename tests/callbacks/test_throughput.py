@@ -89,3 +89,44 @@ def test_count_leaves_out_rows_without_a_file() -> None:
 def test_zero_steps_between_flushes_is_an_error() -> None:
     with pytest.raises(ValueError, match="every_n_steps=0"):
         Throughput(every_n_steps=0)
+
+
+class Products(ToyModule):
+    """Two products with a weight in every chunk, so that FLOPs can be counted by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(3, 5))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss + sum((torch.ones(7, 3) @ self.weight).sum() * 0 for _ in batch)
+
+
+def test_the_first_step_counts_the_products_of_a_module_that_does_not_know_them(
+    tmp_path: Path,
+) -> None:
+    """Of 2 chunks: a product `[7, 3] [3, 5]`, and the gradient of the weight."""
+    plain, module = ToyModule(), Products()
+    fit(plain, toy_batches(3), tmp_path / "plain", [Throughput()])
+    fit(module, toy_batches(3), tmp_path / "products", [Throughput()])
+    assert module.flops_per_batch - plain.flops_per_batch == 2 * 2 * (2 * 7 * 3 * 5)
+
+
+def test_counting_changes_no_bit_of_a_run_and_ends_with_an_error(tmp_path: Path) -> None:
+    weights = []
+    for callbacks_ in ([], [Throughput()]):
+        torch.manual_seed(0)
+        module = ToyModule()
+        fit(module, toy_batches(3), tmp_path / str(len(callbacks_)), callbacks_)
+        weights.append(module.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+    class Fails(ToyModule):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            raise ZeroDivisionError
+
+    throughput = Throughput()
+    with pytest.raises(ZeroDivisionError):
+        fit(Fails(), toy_batches(3), tmp_path / "fails", [throughput])
+    assert throughput._counter is None
