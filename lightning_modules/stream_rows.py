@@ -123,7 +123,7 @@ def begin_files(before: TokensRead | None, plan: StreamPlan) -> TokensRead | Non
 
 def read_on(before: TokensRead | None, chunk: Mapping[str, Any]) -> TokensRead | None:
     """Tokens that rows have read behind a chunk; None if the host does not know."""
-    counts = chunk.get("token_counts")
-    if before is None or counts is None or "document_ids" in chunk:
+    counts = chunk.get("token_counts", ())
+    if before is None or len(counts) != len(before.rows) or "document_ids" in chunk:
         return None
     return TokensRead(tuple(read + new for read, new in zip(before.rows, counts, strict=True)))

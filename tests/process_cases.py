@@ -148,6 +148,8 @@ def merge(chunks: tuple[dict[str, Any], ...]) -> dict[str, Any]:
             merged[key] = StreamPlan(*(sum(parts, ()) for parts in zip(*values, strict=True)))
         elif key == "padded":
             merged[key] = any(values)
+        elif key == "token_counts":
+            merged[key] = sum(values, ())
     return merged
 
 
