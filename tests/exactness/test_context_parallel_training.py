@@ -89,6 +89,7 @@ def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_that_share_rows_learn_what_one_learns(tmp_path: Path) -> None:
+    VARIANTS["lact"].data(tmp_path).prepare_data()  # the processes would write it side by side
     in_two_processes(learn_shared, tmp_path, *CASES)
     for case in CASES:
         whole = learn(case, tmp_path)

@@ -57,3 +57,9 @@ def test_rows_must_be_those_of_the_call() -> None:
     case = with_state((5, 5, 5), 1)
     with pytest.raises(ValueError, match="tokens_read must be of 3 rows, but is of 2"):
         case.run("torch", tokens_read=TokensRead((5, 5)))
+
+
+def test_a_wrong_number_of_tokens_is_an_error() -> None:
+    case = with_state((5, 5, 5), 1)
+    with pytest.raises(RuntimeError, match="tokens_read are not those of the state"):
+        case.run("torch", tokens_read=TokensRead((5, 6, 5)))

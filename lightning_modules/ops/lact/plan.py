@@ -49,6 +49,11 @@ def plan(
         size: C.
         mask: of the op, as are the other arguments.
     """
+    if state is not None and tokens_read is not None:
+        told = _on_device(list(tokens_read.rows), q.device)
+        torch._assert_async(  # raised when the device gets there; nobody waits for it
+            (told == state.tokens_seen).all(), "tokens_read are not those of the state's rows"
+        )
     if group is not None:
         return _shared(q, size, *gather_flags(mask, document_ids, group), state, adapt, group)
     if mask is None and document_ids is None:
