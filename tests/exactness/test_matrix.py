@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 from variant_cases import VARIANTS
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +30,7 @@ def function(file: str, name: str) -> Any:
     return getattr(module, name)
 
 
+@pytest.mark.slow
 def test_every_column_names_tests_that_run_for_every_variant() -> None:
     header, *rows = table((ROOT / "README.md").read_text(), "bit for bit")
     assert all(cell == "✓" for row in rows for cell in row[1:]), "explain a cell that is not shown"

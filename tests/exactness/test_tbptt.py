@@ -202,7 +202,7 @@ def keep_reading(name: str, folder: Path, k: int, steps: int) -> tuple[list[int]
 def test_memory_grows_with_k_and_not_with_steps(name: str, tmp_path: Path) -> None:
     """Mini-batches of 5 and 7 tokens stand elsewhere in every chunk, and again after 5 and 7."""
     one, alive = keep_reading(name, tmp_path, 1, 21)
-    assert alive[0] == alive[1]
+    assert alive[1] <= alive[0]  # what other tests have left in the process may go
     assert max(one[11:]) <= max(one[1:11])
     two, four = (max(keep_reading(name, tmp_path, k, 8)[0]) for k in (2, 4))
     assert 1.6 < two / max(one) < 2.4
