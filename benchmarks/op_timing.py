@@ -1,8 +1,9 @@
-"""Timing of an op on a GPU: the machine's ceilings, medians from device events, peak memory."""
+"""Timing of an op: the machine's ceilings, medians, peak memory; of a GPU by device events."""
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,33 +26,54 @@ class Timing(NamedTuple):
     memory: float
 
 
-def ceilings(width: int = 8192, repeats: int = 20) -> Ceilings:
-    """A bfloat16 matrix product of `width`, and a copy of 2 GiB (bytes read plus bytes written)."""
-    a, b = (torch.randn(width, width, device="cuda").bfloat16() for _ in range(2))
-    product = time_call(lambda: a @ b, repeats)
-    x = torch.randn(2**29, device="cuda")
+def ceilings(
+    width: int = 8192, repeats: int = 20, device: str = "cuda", copied: int = 2**29
+) -> Ceilings:
+    """A bfloat16 product of `width`, and a copy of so many floats (bytes read plus written)."""
+    a, b = (torch.randn(width, width, device=device).bfloat16() for _ in range(2))
+    product = time_call(lambda: a @ b, repeats, device=device)
+    x = torch.randn(copied, device=device)
     y = torch.empty_like(x)
-    copy = time_call(lambda: y.copy_(x), repeats)
+    copy = time_call(lambda: y.copy_(x), repeats, device=device)
     return Ceilings(2 * width**3 / product.median / 1e9, 2 * 4 * x.numel() / copy.median / 1e6)
 
 
-def time_call(call: Callable[[], Any], repeats: int = 20, seconds: float = 3.0) -> Timing:
-    """Time a call after three to warm up; slow ones are repeated less, at least three times."""
+def time_call(
+    call: Callable[[], Any], repeats: int = 20, seconds: float = 3.0, device: str = "cuda"
+) -> Timing:
+    """Time a call after three to warm up; slow ones are repeated less, at least three times.
+
+    On a CPU the clock of the host counts, and the peak is 0.
+    """
+    elapsed = _elapsed if device == "cuda" else _elapsed_on_host
     for _ in range(3):
         call()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    once = _elapsed(call, 1)[0]
+    before = 0
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    once = elapsed(call, 1)[0]
     repeats = max(3, min(repeats, int(1000 * seconds / max(once, 1e-3))))
-    times = sorted(_elapsed(call, repeats))
+    times = sorted(elapsed(call, repeats))
     tenth = len(times) // 10
-    memory = (torch.cuda.max_memory_allocated() - before) / 2**30
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    memory = (peak - before) / 2**30
     return Timing(statistics.median(times), times[tenth], times[-1 - tenth], memory)
 
 
+def _elapsed_on_host(call: Callable[[], Any], repeats: int) -> list[float]:
+    """Milliseconds of each call."""
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - began))
+    return times
+
+
 def _elapsed(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Milliseconds of each call; nothing waits between them."""
+    """Milliseconds of each call by the device's clock; nothing waits between them."""
     pairs = []
     for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -13,23 +13,15 @@ and FLOPs over the product's.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from op_timing import Ceilings, ceilings, time_call
 from torch import Tensor
 
 from lightning_modules.ops import ttt_lora_cell
-
-
-class Ceilings(NamedTuple):
-    """TFLOP/s of a product in bfloat16 and GB/s of a copy, read and written bytes together."""
-
-    product: float
-    copy: float
 
 
 class Row(NamedTuple):
@@ -88,37 +80,6 @@ def ttt_lora_rows(tiny: bool, backends: list[str]) -> Iterator[Row]:
             )
 
 
-def ceilings(device: str, repeats: int) -> Ceilings:
-    """Of this machine."""
-    size = 8192 if device == "cuda" else 256
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    seconds = statistics.median(timed(lambda: a @ b, repeats, device)) / 1e3
-    x = torch.randn(2**28 if device == "cuda" else 2**16, device=device)
-    y = torch.empty_like(x)
-    copied = statistics.median(timed(lambda: y.copy_(x), repeats, device)) / 1e3
-    return Ceilings(2e-12 * size**3 / seconds, 2e-9 * x.nbytes / copied)
-
-
-def timed(call: Callable[[], object], repeats: int, device: str) -> list[float]:
-    """Milliseconds of every call, after three."""
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(repeats):
-        if device == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end))
-        else:
-            began = time.perf_counter()
-            call()
-            times.append(1e3 * (time.perf_counter() - began))
-    return times
-
-
 def errors(row: Row, device: str) -> float:
     """Largest relative error of outputs and gradients against float64."""
     leaves = row.inputs(device)
@@ -143,20 +104,14 @@ def measure(row: Row, limits: Ceilings, repeats: int, device: str) -> str:
         torch.autograd.grad(row.run(leaves), leaves, grad)
 
     with torch.no_grad():
-        forward = statistics.median(timed(lambda: row.run(leaves), repeats, device))
-    total = statistics.median(timed(both, repeats, device))
-    peak = 0.0
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        both()
-        peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+        forward = time_call(lambda: row.run(leaves), repeats, device=device).median
+    total, _, _, peak = time_call(both, repeats, device=device)
     cells = []
     parts = ((forward, row.bytes[0], row.flops[0]), (total, sum(row.bytes), sum(row.flops)))
     for milliseconds, moved, flops in parts:
-        floor = max(1e-6 * moved / limits.copy, 1e-9 * flops / limits.product)
+        floor = max(1e-6 * moved / limits.copy, 1e-9 * flops / limits.matmul)
         cells.append(f"{milliseconds:.3f} | {100 * floor / milliseconds:.1f} %")
-    return f"| {row.name} | {' | '.join(cells)} | {peak:.0f} | {errors(row, device):.1e} |"
+    return f"| {row.name} | {' | '.join(cells)} | {1024 * peak:.0f} | {errors(row, device):.1e} |"
 
 
 def main() -> None:
@@ -169,9 +124,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file to write")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    limits = ceilings(device, options.repeats)
+    sizes = {} if device == "cuda" else {"width": 256, "copied": 2**16}
+    limits = ceilings(repeats=options.repeats, device=device, **sizes)
     lines = [
-        f"Product in bfloat16: {limits.product:.1f} TFLOP/s; copy: {limits.copy:.0f} GB/s.",
+        f"Product in bfloat16: {limits.matmul:.1f} TFLOP/s; copy: {limits.copy:.0f} GB/s.",
         "",
         "| op | forward ms | of floor | both ms | of floor | adds MiB | error |",
         "|---|---|---|---|---|---|---|",
