@@ -8,6 +8,7 @@ mini-batch, and the tokens that a state left pending come first. The chunks of L
 mini-batches in this file.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -224,3 +225,11 @@ def inverse(index: Tensor, length: int) -> Tensor:
     inverse = index.new_full((length + 1,), -1)
     place = torch.arange(index.shape[0], device=index.device)
     return inverse.scatter_(0, torch.where(index < 0, length, index), place)[:-1]
+
+
+def integers_on(values: Sequence[int], device: torch.device) -> Tensor:
+    """Integers on a device, which is not waited for."""
+    host = torch.tensor(values)
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)

@@ -8,10 +8,13 @@ a causal call (0 if not causal: its end closes the last mini-batch, nothing is p
 Floating tensors are float32, or float64 if the inputs are.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from lightning_modules.ops.grid import integers_on
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,13 @@ class TokensRead:
     """
 
     rows: tuple[int, ...]
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def on(self, device: torch.device) -> Tensor:
+        """The numbers on a device, int64 `[B]`: copied there by the first layer that asks."""
+        if device not in self._copies:
+            self._copies[device] = integers_on(self.rows, device)
+        return self._copies[device]
 
 
 class TTTLinearState(NamedTuple):

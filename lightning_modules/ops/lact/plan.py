@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lightning_modules.ops.grid import Grid, Progress, inverse, plan_grid
+from lightning_modules.ops.grid import Grid, Progress, integers_on, inverse, plan_grid
 from lightning_modules.ops.lact.layout import Counts, Even, Slots, Uneven
 from lightning_modules.ops.lact.shared import Shared, share_of
 from lightning_modules.ops.processes import gather_flags, own_part
@@ -50,10 +50,9 @@ def plan(
         mask: of the op, as are the other arguments.
     """
     if state is not None and tokens_read is not None:
-        told = _on_device(list(tokens_read.rows), q.device)
-        torch._assert_async(  # raised when the device gets there; nobody waits for it
-            (told == state.tokens_seen).all(), "tokens_read are not those of the state's rows"
-        )
+        same = (tokens_read.on(q.device) == state.tokens_seen).all()
+        # Raised when the device gets there; nobody waits for it.
+        torch._assert_async(same, "tokens_read are not those of the state's rows")
     if group is not None:
         return _shared(q, size, *gather_flags(mask, document_ids, group), state, adapt, group)
     if mask is None and document_ids is None:
@@ -268,22 +267,12 @@ def _read_facts(grid: Grid, ahead: Tensor, writing: Tensor, fresh: Tensor) -> _F
 def _slots(chunk: Tensor, place: Tensor, valid: Tensor, widths: list[int]) -> Slots:
     """Slots for the valid tokens, from the chunk of each and its place in that, `[B, S]`."""
     batch = len(chunk)
-    width = _on_device([*widths, 0], chunk.device)
+    width = integers_on([*widths, 0], chunk.device)
     start = batch * (width.cumsum(0) - width)
     at = torch.where(valid, chunk, len(widths))
     row = torch.arange(batch, device=chunk.device).unsqueeze(1)
     slot = torch.where(valid, start[at] + row * width[at] + place, -1).flatten()
     return Slots(slot, inverse(slot, batch * sum(widths)), widths)
-
-
-def _on_device(values: list[int], device: torch.device) -> Tensor:
-    """Integers on a device, which is not waited for."""
-    host = torch.tensor(values)
-    return (
-        host.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else host.to(device)
-    )
 
 
 def _updates(
