@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from spy import SyncSpy
 from variant_cases import STEPS, VARIANTS, every_variant, make_trainer
+from window_cases import recompute_layers
 
 from callbacks import (
     EMA,
@@ -24,7 +24,6 @@ from callbacks import (
     RunSummary,
     Throughput,
 )
-from lightning_modules import ActionExpertModule
 
 EVERY = 4
 FREE = [step for step in range(2, STEPS) if step % EVERY]
@@ -85,22 +84,19 @@ def spy_on(name: str, folder: Path, recompute: bool, callbacks: list[pl.Callback
     # On a CPU, Adam reads its count of steps, which on a GPU lies in the host's memory.
     module.optimizer_factory = partial(torch.optim.SGD, lr=0.01)
     if recompute:
-        recompute_layers(module)
+        recompute_when_built(module)
     with spy:
         trainer.fit(module, data)
     return spy
 
 
-def recompute_layers(module: Any) -> None:
+def recompute_when_built(module: Any) -> None:
     """Turn activation checkpointing on as soon as there is a model."""
     build = module.build
 
     def build_with(*args: Any) -> None:
         build(*args)
-        if isinstance(module, ActionExpertModule):
-            module.model.config = replace(module.model.config, gradient_checkpointing=True)
-        else:
-            module.model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_layers(module)
 
     module.build = build_with
 

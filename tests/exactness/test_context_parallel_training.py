@@ -6,8 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy
+from process_cases import join_processes
 from torch import Tensor
 from two_processes import in_two_processes
 from variant_cases import VARIANTS, Trace, make_trainer
@@ -21,27 +20,6 @@ CASES = {
     "lact_packed": {"mode": "packed"},
     "in_place_packed": {"mode": "packed"},
 }
-
-
-class Started(LightningEnvironment):
-    """A process that is already there, and in its group."""
-
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        self._rank = rank
-
-    @property
-    def creates_processes_externally(self) -> bool:
-        return True
-
-    def local_rank(self) -> int:
-        return self._rank
-
-    def global_rank(self) -> int:
-        return self._rank
-
-    def set_global_rank(self, rank: int) -> None:
-        assert rank == self._rank
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -72,10 +50,7 @@ def learn(case: str, folder: Path, *callbacks: pl.Callback, **options: Any) -> d
 
 def learn_shared(rank: int, folder: Path, *cases: str) -> None:
     for case in cases:
-        strategy = DDPStrategy(
-            cluster_environment=Started(rank), process_group_backend="gloo", broadcast_buffers=False
-        )
-        options = {"strategy": strategy, "devices": 2, "use_distributed_sampler": False}
+        options = join_processes(rank)
         found = learn(case, folder, ContextParallel(2), **options)
         torch.save(found, folder / f"{case}_{rank}.pt")
 
