@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,18 @@ if not torch.cuda.is_available():
 # The machine decides how long an example takes; the examples are the same in every run.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def seed_of_this_test_only() -> Iterator[None]:
+    """Forget the seed with which a test ran the command line.
+
+    Lightning keeps it in the environment, and processes that a later test starts with `ddp` would
+    seed themselves with it.
+    """
+    yield
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
 
 
 class CliResult(NamedTuple):
