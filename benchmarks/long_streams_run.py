@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from datamodules.documents import Document, TextSource, open_corpus
+from datamodules.corpora import open_corpus
+from datamodules.documents import Document, TextSource
 from lightning_modules import (
     ActionExpertModule,
     LaCTModule,

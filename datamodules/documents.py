@@ -97,24 +97,6 @@ class Corpus(Protocol):
     def __iter__(self) -> Iterator[Document | Skipped]: ...
 
 
-def open_corpus(source: TextSource) -> Corpus:
-    """The documents of a source; nothing is read yet.
-
-    Raises:
-        FileNotFoundError: the path does not exist, or matches no file.
-        ImportError: `datasets` is not installed.
-        ValueError: a dataset has no such split or column.
-    """
-    if source.kind == "datasets":
-        from datamodules.dataset_documents import DatasetCorpus
-
-        return DatasetCorpus(source)
-    if source.kind == "stdlib":
-        return FileCorpus(stdlib_files(), source.strict)
-    assert source.path is not None
-    return FileCorpus(find_files(source.path), source.strict)
-
-
 class FileCorpus:
     """Files as documents, in the given order; an empty one is skipped.
 

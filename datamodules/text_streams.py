@@ -10,7 +10,8 @@ from typing import Any, Literal
 import numpy as np
 
 from datamodules.base import Stage
-from datamodules.documents import Corpus, TextSource, open_corpus
+from datamodules.corpora import open_corpus
+from datamodules.documents import Corpus, TextSource
 from datamodules.splits import split_by_hash
 from datamodules.text_chunks import DocumentStreams, PackedDocuments
 from datamodules.token_data import TokenDataModule

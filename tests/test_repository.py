@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from configparser import ConfigParser
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,71 @@ def test_ops_and_layers_load_neither_lightning_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+LATE = {
+    ("lightning_modules.models.pi0_options", "lightning_modules.models.pi0"),
+    ("lightning_modules.policy", "lightning_modules.action_expert"),
+}
+"""Options that build a model, and a policy that rebuilds its module, know who is made of them."""
+
+
+def names_of_modules() -> dict[str, Path]:
+    files = [*SOURCES, ROOT / "cli.py"]
+    dotted = {p: ".".join(p.relative_to(ROOT).with_suffix("").parts) for p in files}
+    return {name.removesuffix(".__init__"): path for path, name in dotted.items()}
+
+
+def imports_between_modules() -> dict[str, set[str]]:
+    """Own modules that each own module imports when it runs, also inside functions."""
+    modules = names_of_modules()
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        tree = ast.parse(path.read_text())
+        for block in ast.walk(tree):
+            if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test):
+                block.body = []
+        found = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                full = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= (full & modules.keys()) or {node.module or ""}
+        graph[module] = {name for name in found & modules.keys() if (module, name) not in LATE}
+        graph[module] -= {module}
+    return graph
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = imports_between_modules()
+    assert sum(map(len, graph.values())) > 500, "imports are not found"
+    TopologicalSorter(graph).prepare()  # raises with the cycle
+
+
+FAST_STATE = ("fast_state", "slots", "stream_rows", "streams")
+FOLDERS = ("ops", "layers", "adapters", "models", "distributed")
+
+
+def part_of(module: str) -> str:
+    """The node of a module in the drawing."""
+    first, *rest = module.split(".")
+    if first != "lightning_modules" or not rest:
+        return first
+    if rest[0] in (*FOLDERS, "generation"):
+        return rest[0]
+    return "fast_state" if rest[0] in FAST_STATE else "variants"
+
+
+def test_imports_are_those_that_are_drawn() -> None:
+    text = (ROOT / "docs" / "structure.md").read_text()
+    drawn = set(re.findall(r"^ *(\w+) --> (\w+)$", text, re.MULTILINE))
+    parts: dict[str, set[str]] = {}
+    for module, names in imports_between_modules().items():
+        parts.setdefault(part_of(module), set()).update(map(part_of, names))
+    arrows = {a: ends - {a, "lightning_modules"} for a, ends in parts.items()}
+    assert drawn == {(a, b) for a, ends in arrows.items() for b in ends}
+    TopologicalSorter(arrows).prepare()
 
 
 # --- versions and configs ---

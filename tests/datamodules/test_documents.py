@@ -9,6 +9,7 @@ import datasets
 import pytest
 from text_cases import write_documents
 
+from datamodules.corpora import open_corpus
 from datamodules.dataset_documents import DatasetCorpus
 from datamodules.documents import (
     Corpus,
@@ -17,7 +18,6 @@ from datamodules.documents import (
     Skipped,
     TextSource,
     find_files,
-    open_corpus,
     stdlib_files,
 )
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from peft import PeftConfig
 
-from lightning_modules.adapters.ttt_lora.register import peft_type
+from lightning_modules.adapters.ttt_lora.peft_type import peft_type
 from lightning_modules.layers.ttt_lora import TTTLoRAOptions
 
 

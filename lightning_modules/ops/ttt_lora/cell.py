@@ -9,9 +9,10 @@ from torch.nn.functional import layer_norm, normalize
 from lightning_modules.ops.grid import Progress
 from lightning_modules.ops.states import TTTLoRAState
 from lightning_modules.ops.ttt_eager import autocast_device
+from lightning_modules.ops.ttt_lora.call import Call
 from lightning_modules.ops.ttt_lora.checks import check_ttt_lora
 from lightning_modules.ops.ttt_lora.choose import choose_backend
-from lightning_modules.ops.ttt_lora.fused import Call, run, triton_ttt_lora
+from lightning_modules.ops.ttt_lora.fused import run, triton_ttt_lora
 from lightning_modules.ops.ttt_lora.plan import make_plan
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_modules.ops.triton_backend import dispatch
+from lightning_modules.ops.ttt_lora.call import padded
 from lightning_modules.ops.ttt_lora.eager import eager_ttt_lora
 from lightning_modules.ops.ttt_lora.fused import triton_ttt_lora
 from lightning_modules.ops.ttt_lora.naive import naive_ttt_lora
@@ -46,8 +47,3 @@ def _obstacle(q: Tensor, size: int) -> str | None:
             "mini-batches, or backend='torch'"
         )
     return None
-
-
-def padded(size: int) -> int:
-    """Rows or columns of a tile: a power of two, as many as a product of tiles needs."""
-    return max(16, 1 << (size - 1).bit_length())

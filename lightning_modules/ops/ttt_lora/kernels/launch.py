@@ -8,8 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from lightning_modules.ops.ttt_lora.choose import padded
-from lightning_modules.ops.ttt_lora.fused import Call
+from lightning_modules.ops.ttt_lora.call import Call, padded
 from lightning_modules.ops.ttt_lora.kernels.backward import (
     read_backward_kernel,
     scan_backward_kernel,
