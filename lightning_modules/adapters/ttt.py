@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -64,6 +64,9 @@ class TTTAttentionAdapter(BaseAttentionAdapter):
     The gate `adarms` is the third chunk of the adaptive input norm's modulation; with another
     input norm it is a linear map of the condition of its own.
 
+    Attributes:
+        layer_class: the TTT layer; a subclass with another inner loss names its own.
+
     Args:
         base_attention: attention with `config.hidden_size`.
         config: where TTT reads and how it is gated.
@@ -71,6 +74,8 @@ class TTTAttentionAdapter(BaseAttentionAdapter):
     Raises:
         ValueError: a gate or norm that needs the condition, without `cond_size`.
     """
+
+    layer_class: ClassVar[type[TTTLayer]] = TTTLayer
 
     def __init__(self, base_attention: nn.Module, config: TTTAdapterConfig) -> None:
         super().__init__(base_attention)
@@ -87,7 +92,7 @@ class TTTAttentionAdapter(BaseAttentionAdapter):
         self.ttt_input_norm = (
             None if config.ttt_input_norm == "none" else AdaRMSNorm(hidden_size, norm_cond)
         )
-        self.ttt = TTTLayer(hidden_size, config.layer)
+        self.ttt = self.layer_class(hidden_size, config.layer)
         self.ttt_gate = BranchGate(config.ttt_gate, hidden_size, gate_cond, config.alpha_init)
 
     def reset_parameters(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -175,11 +176,18 @@ class TTTLayer(nn.Module):
         eta = self._eta(x, mask, write_mask, document_ids)
         if write_weight is not None:
             eta = eta * write_weight.unsqueeze(-1)
-        o, next_state = self._learn(
+        o, next_state = self.op(
             q,
             k,
             v,
             eta,
+            self.ttt_norm_weight,
+            self.ttt_norm_bias,
+            *self.fast_weights,
+            mini_batch_size=self.config.mini_batch_size,
+            causal=self.config.causal,
+            token_eta=self._token_eta(),
+            eps=self.config.eps,
             mask=mask,
             write_mask=write_mask,
             document_ids=document_ids,
@@ -192,23 +200,10 @@ class TTTLayer(nn.Module):
             publish_statistics(self, fast_state, slot, problem, state, next_state)
         return self._output(o, x, mask), next_state
 
-    def _learn(self, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, **call: Any) -> Any:
-        """Run the op with this layer's parameters and options."""
-        op = ttt_mlp if self.config.kind == "mlp" else ttt_linear
-        return op(
-            q,
-            k,
-            v,
-            eta,
-            self.ttt_norm_weight,
-            self.ttt_norm_bias,
-            *self.fast_weights,
-            mini_batch_size=self.config.mini_batch_size,
-            causal=self.config.causal,
-            token_eta=self._token_eta(),
-            eps=self.config.eps,
-            **call,
-        )
+    @property
+    def op(self) -> Callable[..., tuple[Tensor, Any]]:
+        """The inner learner, `ops.ttt_linear` or `ops.ttt_mlp`; override it to change the loss."""
+        return ttt_mlp if self.config.kind == "mlp" else ttt_linear
 
     def _heads(
         self, x: Tensor, mask: Tensor | None, document_ids: Tensor | None, state: Any | None
