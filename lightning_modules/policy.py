@@ -249,7 +249,7 @@ class ActionExpertPolicy:
             seen = {name: _select(values, rows) for name, values in senses.items()}
             observation = {STATE: observation, **seen}
         chunk = self.module.sample_actions(observation, fast_state, self._generator).cpu()
-        if self.module.streams.persistent:
+        if self.module.carries_episode:
             self._slots = merge_rows(self._slots, rows, fast_state.outgoing, len(self._played))
         if self._queue is None:
             self._queue = torch.zeros(len(self._played), *chunk.shape[1:])
