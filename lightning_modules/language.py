@@ -261,6 +261,7 @@ class LanguageModule(SizedModule):
                 pretrained weights.
         """
         stored = _stored_by(type(self).__name__, checkpoint)
+        self.data_facts = self.data_facts or stored.get("data", {})
         # Of a pretrained model the weights must agree (below), not where they lie.
         stored_options = {k: v for k, v in stored["options"].items() if k != "pretrained"}
         self._compare(stored_options, self.options(), "model.init_args")
