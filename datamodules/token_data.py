@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any
 
 from datamodules.base import StreamDataModule
 from datamodules.loader import StreamLoader
-from datamodules.token_store import TokenStore
+from datamodules.token_store import TOKENIZER, TokenStore
 from datamodules.tokenization import Tokenizer
 
 
@@ -37,6 +38,11 @@ class TokenDataModule(StreamDataModule):
     @abstractmethod
     def provenance(self) -> dict[str, Any]:
         """Where the numbers of a benchmark come from: print it beside them."""
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer lies beside the tokens; empty for bytes and codes."""
+        return (self.store.path / TOKENIZER).resolve()
 
     def prepare_data(self) -> None:
         """Tokenise unless that was done, and print the `provenance`; other processes wait."""

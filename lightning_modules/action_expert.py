@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -12,45 +11,22 @@ from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn import functional as F
 
-from lightning_modules.adapters import (
-    AdapterSpec,
-    TTTAdapterConfig,
-    as_config,
-    complete_spec,
-    inject_adapters,
-    lay_out,
-    parameter_group,
-    read_plan,
-    store_plan,
-)
-from lightning_modules.base import Chunk, ParameterGroup, Schedule
-from lightning_modules.distributed.sharding import is_sharded
-from lightning_modules.layers.normalization import Normalizer
+from lightning_modules.adapters import AdapterSpec, TTTAdapterConfig, parameter_group
+from lightning_modules.base import Chunk, ParameterGroup, Schedule, refuse_to_train
 from lightning_modules.models.action_expert import ExpertConfig
-from lightning_modules.models.backbone import STATE, Backbone, Writers
-from lightning_modules.models.backbones import (
-    choose_backbone,
-    layer_positions,
-    restore_backbone,
-    store_backbone,
-)
-from lightning_modules.models.flow_matching import (
-    euler_sample,
-    flow_matching_loss,
-    interpolate,
-    sample_time,
-)
+from lightning_modules.models.action_sampler import ACTION, ActionSampler, restored_options
+from lightning_modules.models.backbone import STATE, Writers
+from lightning_modules.models.flow_matching import flow_matching_loss, interpolate, sample_time
 from lightning_modules.models.pi0_options import PI0Options
 from lightning_modules.policy import ActionExpertPolicy
 from lightning_modules.sized import SizedModule
 from lightning_modules.streams import FastState
 
-ACTION = "action"
 CHECKPOINT_KEY = "action_expert"
 """Where a checkpoint holds what `ActionExpertModule.rebuild` needs beside the weights."""
 
 
-class ActionExpertModule(SizedModule):
+class ActionExpertModule(ActionSampler, SizedModule):
     """Flow-matching action expert with test-time training after attention.
 
     Per layer `x + gate_attn * attn + gate_ttt * ttt(attn)`, then the MLP with its own gate; the
@@ -113,18 +89,20 @@ class ActionExpertModule(SizedModule):
         groups: dict[str, ParameterGroup] | None = None,
     ) -> None:
         super().__init__(optimizer, schedule, groups, persistent=ttt_state == "carry_episode")
-        self.backbone_options = choose_backbone(backbone, expert=expert, pi0=pi0)
-        self.ttt = ttt
-        self.ttt_layer_positions = ttt_layer_positions
-        self.adapters = read_plan(adapters)
-        self.ttt_state = ttt_state
-        self.ttt_write = ttt_write or ("observation" if ttt_state == "carry_episode" else "all")
-        self.execution_horizon = execution_horizon
-        self.denoise_steps = denoise_steps
-        self.normalization = normalization
+        self.choose(
+            backbone=backbone,
+            expert=expert,
+            pi0=pi0,
+            ttt=ttt,
+            ttt_layer_positions=ttt_layer_positions,
+            adapters=adapters,
+            ttt_write=ttt_write,
+            ttt_state=ttt_state,
+            execution_horizon=execution_horizon,
+            denoise_steps=denoise_steps,
+            normalization=normalization,
+        )
         self.compile_model = compile_model
-        self.features: dict[str, Any] = {}
-        self.model: Backbone | None = None
         if compile_model and backbone != "state":
             raise ValueError("compile_model=true is for backbone: state; set it to false")
 
@@ -135,45 +113,10 @@ class ActionExpertModule(SizedModule):
     def build(
         self, features: Mapping[str, Any], statistics: Mapping[str, Any] | None = None
     ) -> None:
-        """Create the model.
-
-        Args:
-            features: `state_dim`, `action_dim`, `horizon`, `stride` (None without streams),
-                `image_keys`, `tasks` (where there are cameras), `delta_actions`, `action_range` and
-                `action_bounds` (which only a policy's `check` reads), as
-                `ActionChunkDataModule.features` gives them.
-            statistics: feature -> statistic -> values of the training data; None leaves them to
-                the checkpoint that is loaded next.
-        """
-        plan = self.check(features)
-        self.features = dict(features)
-        self.normalizer = Normalizer(statistics, self.normalization)
-        self.model = self.backbone_options.build(features)
-        plan = [complete_spec(spec, self.model.cond_size) for spec in plan]
-        inject_adapters(self.model.decoder, plan)
-        self.model.complete()
+        """Create the model; see `ActionSampler.build`."""
+        super().build(features, statistics)
         if self.compile_model:
             self.model.compile()
-
-    def check(self, features: Mapping[str, Any]) -> list[AdapterSpec]:
-        """Make sure that options and data fit; returns one line per layer with an adapter."""
-        horizon, stride = features["horizon"], features["stride"]
-        if self.execution_horizon > horizon:
-            raise ValueError(
-                f"execution_horizon={self.execution_horizon} exceeds the data's horizon {horizon}"
-            )
-        if self.ttt_state == "carry_episode" and stride != self.execution_horizon:
-            raise ValueError(
-                f"ttt_state=carry_episode carries the state every {self.execution_horizon} steps "
-                f"(execution_horizon), but the data's stride is {stride}: set the DataModule's "
-                f"mode to stream and its stride to {self.execution_horizon}"
-            )
-        self.backbone_options.check(features)
-        lines = {f"adapters[{number}]": spec for number, spec in enumerate(self.adapters)}
-        positions = None if self.ttt is None else self.ttt_layer_positions
-        if layers := layer_positions(positions, self.backbone_options):
-            lines["ttt_layer_positions"] = AdapterSpec(list(layers), "ttt", self.ttt)
-        return lay_out(lines, self.backbone_options.num_layers)
 
     def chunk_loss(
         self, chunk: Chunk, fast_state: FastState, generator: torch.Generator | None
@@ -204,63 +147,6 @@ class ActionExpertModule(SizedModule):
             actions.shape, dtype=actions.dtype, device=actions.device, generator=generator
         )
         return noise, sample_time(actions.shape[:1], generator=generator, device=actions.device)
-
-    def _observe(self, observation: Mapping[str, Any]) -> Any:
-        """What the backbone needs of an observation, for training and for all Euler steps."""
-        assert self.model is not None
-        state = self.normalizer.normalize(STATE, observation[STATE])
-        return self.model.observe({**observation, STATE: state})
-
-    @torch.no_grad()
-    def sample_actions(
-        self,
-        observation: Tensor | Mapping[str, Any],
-        fast_state: FastState | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Sample a chunk of actions by Euler steps from noise (t = 1) to data (t = 0).
-
-        Args:
-            observation: state vector in the units of the data, `[B, S]`, or a mapping with that
-                under "observation.state" and what else the backbone sees (cameras, task).
-            fast_state: handle on the rows' state. All Euler steps read the same state; what the
-                last one writes is the state after the chunk.
-            generator: source of noise.
-
-        Returns:
-            Actions in the units of the data, `[B, A, D]`.
-        """
-        assert self.model is not None
-        # `forward`, not the call: what is compiled for training would compile anew for every
-        # number of rows that a batch of environments happens to ask for. Sharded weights are not
-        # compiled, and only the call gathers them.
-        forward = self.model if is_sharded(self.model) else self.model.forward
-        fast = fast_state or FastState.transient()
-        if not isinstance(observation, Mapping):
-            observation = {STATE: observation}
-        state, observed = observation[STATE], self._observe(observation)
-        shape = (state.shape[0], self.features["horizon"], self.model.action_size)
-        noise = torch.randn(shape, device=state.device, generator=generator)
-
-        def velocity(noisy: Tensor, time: Tensor) -> Tensor:
-            nonlocal fast
-            out = forward(
-                observed, noisy, time.expand(len(noisy)), fast_state=fast, write=self.ttt_write
-            )
-            if self.ttt_state == "carry_denoise":
-                fast = fast.advance()
-            return out
-
-        actions = euler_sample(velocity, noise, self.denoise_steps)
-        actions = actions[..., : self.features["action_dim"]]
-        return self._absolute(self.normalizer.unnormalize(ACTION, actions), state)
-
-    def _absolute(self, actions: Tensor, state: Tensor) -> Tensor:
-        """Actions `[B, A, D]` of which some dimensions are relative to the state `[B, S]`."""
-        actions = actions.clone()
-        for dim in self.features["delta_actions"]:  # a list as index would be copied to the device
-            actions[..., dim] += state[:, None, dim]
-        return actions
 
     def predict_chunk(
         self, chunk: Chunk, fast_state: FastState, generator: torch.Generator | None
@@ -311,17 +197,7 @@ class ActionExpertModule(SizedModule):
         for name in self.model.restorable():
             checkpoint["state_dict"].pop(f"model.{name}", None)
         checkpoint[CHECKPOINT_KEY] = {
-            "options": {
-                **store_backbone(self.backbone_options),
-                "ttt": None if self.ttt is None else asdict(self.ttt),
-                "ttt_layer_positions": self.ttt_layer_positions,
-                "adapters": store_plan(self.adapters),
-                "ttt_write": self.ttt_write,
-                "ttt_state": self.ttt_state,
-                "execution_horizon": self.execution_horizon,
-                "denoise_steps": self.denoise_steps,
-                "normalization": self.normalization,
-            },
+            "options": self.stored_options(),
             "features": self.features,
             "fingerprint": self.model.fingerprint(),
         }
@@ -331,7 +207,7 @@ class ActionExpertModule(SizedModule):
         stored = _stored(checkpoint)["features"]
         if self.model is None:
             self.build(stored)
-        self._put_back(checkpoint)
+        self._complete(checkpoint)
         for key in ("state_dim", "action_dim", "horizon", "image_keys", "delta_actions"):
             if stored[key] != self.features[key]:
                 raise ValueError(
@@ -339,18 +215,10 @@ class ActionExpertModule(SizedModule):
                     f"{self.features[key]}: use the data it was trained on, or train anew"
                 )
 
-    def _put_back(self, checkpoint: Mapping[str, Any]) -> None:
+    def _complete(self, checkpoint: Mapping[str, Any]) -> None:
         """Give the state dict of a checkpoint the pretrained weights that it left out."""
-        assert self.model is not None
-        if _stored(checkpoint).get("fingerprint") != self.model.fingerprint():
-            raise ValueError(
-                "the checkpoint was trained on other pretrained weights than those that "
-                "pi0.pretrained names now, or with another pi0.train: use the same as in training"
-            )
-        names = self.model.restorable()
-        for name, parameter in self.model.named_parameters():
-            if name in names:
-                checkpoint["state_dict"].setdefault(f"model.{name}", parameter.detach())
+        fingerprint = _stored(checkpoint).get("fingerprint")
+        self.complete_weights(checkpoint.get("state_dict", {}), fingerprint)
 
     @classmethod
     def rebuild(
@@ -370,12 +238,9 @@ class ActionExpertModule(SizedModule):
             KeyError: it lacks a statistic that normalisation needs.
         """
         stored = _stored(checkpoint)
-        options = restore_backbone(stored["options"], pretrained)
-        if options["ttt"] is not None:
-            options["ttt"] = as_config(TTTAdapterConfig, options["ttt"], "ttt")
-        module = cls(_refuse_to_train, **options)
+        module = cls(refuse_to_train, **restored_options(stored["options"], pretrained))
         module.build(stored["features"])
-        module._put_back(checkpoint)
+        module._complete(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
         module.normalizer.require(STATE, ACTION)
         return module.eval().requires_grad_(False)
@@ -388,10 +253,3 @@ def _stored(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             "use one that `python cli.py fit` wrote with this model and this version"
         )
     return checkpoint[CHECKPOINT_KEY]
-
-
-def _refuse_to_train(parameters: Any) -> NoReturn:
-    raise RuntimeError(
-        "a module that was rebuilt from a checkpoint has no optimizer: to train on, run "
-        "python cli.py fit --ckpt_path, or make an ActionExpertModule with one"
-    )

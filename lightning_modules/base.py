@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -253,6 +253,14 @@ class AdapterModule(TunableStreams):
         elif options.weight_decay is not None:
             group["weight_decay"] = options.weight_decay
         return group
+
+
+def refuse_to_train(parameters: Any) -> NoReturn:
+    """The optimizer of a module that was rebuilt from a checkpoint for inference."""
+    raise RuntimeError(
+        "a module that was rebuilt from a checkpoint has no optimizer: to train on, run "
+        "python cli.py fit --ckpt_path, or make the module with one"
+    )
 
 
 def _named_losses(handle: FastState) -> Iterator[tuple[str, Tensor]]:

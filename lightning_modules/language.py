@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -14,11 +14,12 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lightning_modules.base import Chunk, ParameterGroup, Schedule
+from lightning_modules.adapters.registry import as_config
+from lightning_modules.base import Chunk, ParameterGroup, Schedule, refuse_to_train
 from lightning_modules.generation import FastStateCache
 from lightning_modules.layers.rope import document_positions
 from lightning_modules.means import TargetMean
-from lightning_modules.models.pretrained import LeftOut
+from lightning_modules.models.pretrained import LeftOut, PretrainedOptions
 from lightning_modules.models.shared_attention import share_attention
 from lightning_modules.models.uncached import Uncached, recomputes
 from lightning_modules.sized import SizedModule
@@ -46,6 +47,8 @@ class LanguageModule(SizedModule):
     """
 
     DATA_MODULES = ("TextStreamDataModule", "RecallDataModule")
+    OPTIONS: ClassVar[dict[str, type]] = {"pretrained": PretrainedOptions}
+    """Options that checkpoints hold as plain values, and their classes."""
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class LanguageModule(SizedModule):
         super().__init__(optimizer, schedule, groups, persistent=fast_state == "carry")
         self.compile_model = compile_model
         self.features: dict[str, Any] = {}
+        self.data_facts: dict[str, Any] = {}
         self.model: PreTrainedModel | None = None
         self.left_out: LeftOut | None = None
         for stage in ("val", "test"):
@@ -79,7 +83,8 @@ class LanguageModule(SizedModule):
         """Raise a ValueError if options and data do not fit together."""
 
     def build_for(self, datamodule: Any) -> None:
-        """Create the model for the DataModule's features."""
+        """Create the model for the DataModule's features; keep what is known of the data."""
+        self.data_facts = _facts(datamodule)
         self.build(datamodule.features)
 
     def build(self, features: Mapping[str, Any]) -> None:
@@ -245,6 +250,7 @@ class LanguageModule(SizedModule):
             "options": self.options(),
             "features": self.features,
             "fingerprint": self.left_out and self.left_out.fingerprint(self.model),
+            "data": self.data_facts,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -254,10 +260,8 @@ class LanguageModule(SizedModule):
             ValueError: the checkpoint is of another class, of other options, or of other
                 pretrained weights.
         """
-        name = type(self).__name__
-        if name not in checkpoint:
-            raise ValueError(f"this is not the checkpoint of a {name}: use one that fit wrote")
-        stored = checkpoint[name]
+        stored = _stored_by(type(self).__name__, checkpoint)
+        self.data_facts = self.data_facts or stored.get("data", {})
         # Of a pretrained model the weights must agree (below), not where they lie.
         stored_options = {k: v for k, v in stored["options"].items() if k != "pretrained"}
         self._compare(stored_options, self.options(), "model.init_args")
@@ -268,13 +272,49 @@ class LanguageModule(SizedModule):
             {"vocab_size": self.features["vocab_size"]},
             "data",
         )
-        if stored["fingerprint"] != (self.left_out and self.left_out.fingerprint(self.model)):
+        if not self._agrees(stored["fingerprint"]):
             raise ValueError(
                 "the checkpoint was trained on other pretrained weights than pretrained.name "
                 "gives now: use the same as in training"
             )
         for key, parameter in self._frozen().items():
             checkpoint["state_dict"].setdefault(key, parameter.detach())
+
+    def _agrees(self, fingerprint: str | None) -> bool:
+        """Whether a checkpoint with this fingerprint left out the weights that are here."""
+        if self.left_out is None:
+            return fingerprint is None
+        return self.left_out.agrees(self.model, fingerprint)
+
+    @classmethod
+    def rebuild(
+        cls, checkpoint: Mapping[str, Any], pretrained: str | None = None
+    ) -> LanguageModule:
+        """The module of a checkpoint, for inference: in eval mode, with its weights.
+
+        Nothing but the checkpoint is needed, and the pretrained weights that it left out. The
+        weights are those under `state_dict`, which are the averages where EMA ran.
+
+        Args:
+            checkpoint: content of the file.
+            pretrained: where the pretrained weights lie now, if they have moved since training.
+
+        Raises:
+            ValueError: it is the checkpoint of another class, of other pretrained weights, or
+                `pretrained` is given for a model that was trained from scratch.
+        """
+        stored = dict(_stored_by(cls.__name__, checkpoint)["options"])
+        if pretrained is not None:
+            if stored["pretrained"] is None:
+                raise ValueError("pretrained was given, but the checkpoint has all of its weights")
+            stored["pretrained"] = {**stored["pretrained"], "name": pretrained}
+        for name, options in cls.OPTIONS.items():
+            if stored.get(name) is not None:
+                stored[name] = as_config(options, stored[name], name)
+        module = cls(refuse_to_train, **stored)
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+        return module.eval().requires_grad_(False)
 
     def left_out_names(self) -> set[str]:
         """Frozen pretrained weights."""
@@ -300,6 +340,21 @@ class LanguageModule(SizedModule):
                     f"the checkpoint was trained with {key}={value}, but {place} says "
                     f"{key}={here.get(key)}: use the same options, or train anew"
                 )
+
+
+def _facts(datamodule: Any) -> dict[str, Any]:
+    """Where the data comes from and where its tokenizer lies, as plain values for checkpoints."""
+    facts = dict(getattr(datamodule, "provenance", {}))
+    if (folder := getattr(datamodule, "tokenizer_folder", None)) is not None:
+        facts["tokenizer_folder"] = str(folder)
+    return {name: v if isinstance(v, int | float) else str(v) for name, v in facts.items()}
+
+
+def _stored_by(name: str, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What a module of this class left in a checkpoint."""
+    if name not in checkpoint:
+        raise ValueError(f"this is not the checkpoint of a {name}: use one that fit wrote")
+    return checkpoint[name]
 
 
 def position_in_file(chunk: Chunk) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -55,6 +55,11 @@ class MemoryBankModule(LanguageModule):
     """
 
     GROUPS = ("base", "memory", "bank", "lora")
+    OPTIONS: ClassVar[dict[str, type]] = {
+        "pretrained": PretrainedOptions,
+        "memory": MemoryOptions,
+        "lora": ProjectionLoRA,
+    }
     DATA_MODULES = ("TextStreamDataModule", "ChatDataModule", "RecallDataModule")
 
     def __init__(

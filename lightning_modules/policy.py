@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_modules.models.backbone import STATE
+from lightning_modules.models.checkpoint_file import read_checkpoint
+from lightning_modules.models.exported_expert import ExportedExpert
 from lightning_modules.streams import FastState, Slots, merge_rows, reset_rows, select_rows
 
 if TYPE_CHECKING:
@@ -48,7 +50,11 @@ class ActionExpertPolicy:
     """
 
     def __init__(
-        self, module: ActionExpertModule, *, execute: int | None = None, seed: int = 0
+        self,
+        module: ActionExpertModule | ExportedExpert,
+        *,
+        execute: int | None = None,
+        seed: int = 0,
     ) -> None:
         horizon = module.features["horizon"]
         self.execute = module.execution_horizon if execute is None else execute
@@ -92,8 +98,32 @@ class ActionExpertPolicy:
         """
         from lightning_modules.action_expert import ActionExpertModule  # which imports this file
 
-        module = ActionExpertModule.rebuild(_read(Path(path)), pretrained)
+        module = ActionExpertModule.rebuild(read_checkpoint(path), pretrained)
         return cls(module.to(device), execute=execute, seed=seed)
+
+    @classmethod
+    def from_export(
+        cls,
+        folder: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        execute: int | None = None,
+        seed: int = 0,
+        pretrained: str | None = None,
+    ) -> ActionExpertPolicy:
+        """The policy of a folder that `python -m lightning_modules.export` wrote.
+
+        It acts as that of the checkpoint, bit for bit, and lightning is not loaded.
+
+        Args:
+            folder: of the export; the other arguments are those of `from_checkpoint`.
+
+        Raises:
+            FileNotFoundError: there is no export.
+            ValueError: it is no policy, or belongs to other pretrained weights.
+        """
+        expert = ExportedExpert.load(folder, pretrained)
+        return cls(expert.to(device), execute=execute, seed=seed)
 
     def reset(self, rows: Values | None = None) -> None:
         """Begin episodes: forget queued actions and fast state.
@@ -249,7 +279,7 @@ class ActionExpertPolicy:
             seen = {name: _select(values, rows) for name, values in senses.items()}
             observation = {STATE: observation, **seen}
         chunk = self.module.sample_actions(observation, fast_state, self._generator).cpu()
-        if self.module.streams.persistent:
+        if self.module.carries_episode:
             self._slots = merge_rows(self._slots, rows, fast_state.outgoing, len(self._played))
         if self._queue is None:
             self._queue = torch.zeros(len(self._played), *chunk.shape[1:])
@@ -275,23 +305,6 @@ class ActionExpertPolicy:
                 f"the policy drives {len(self._played)} environments and got observations of "
                 f"{len(states)}: call reset() when their number changes"
             )
-
-
-def _read(path: Path) -> Any:
-    """Content of a checkpoint file."""
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(
-            f"the checkpoint {path} {what}: name the file, e.g. "
-            "runs/quickstart/version_0/checkpoints/last.ckpt"
-        )
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for files that are none of its
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}): name a file that "
-            "ModelCheckpoint or trainer.save_checkpoint wrote"
-        ) from error
 
 
 def _state_of(observation: Observation) -> Values:

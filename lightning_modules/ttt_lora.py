@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
@@ -62,6 +62,12 @@ class TTTLoRAModule(LanguageModule):
     """
 
     GROUPS = GROUPS
+    OPTIONS: ClassVar[dict[str, type]] = {
+        "pretrained": PretrainedOptions,
+        "ttt_lora": TTTLoRAPlacement,
+        "in_place": InPlaceOptions,
+        "lora": ProjectionLoRA,
+    }
     DATA_MODULES = (
         "TextStreamDataModule",
         "ChatDataModule",

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from lightning_modules.adapters.registry import as_config
 from lightning_modules.layers.memory_bank import QuantizedBank
+from lightning_modules.models.base_weights import base_fingerprint
 from lightning_modules.models.folders import new_folder
 from lightning_modules.models.frozen import fingerprint
 from lightning_modules.models.memory import BANKS, inject_memory, memory_layers
@@ -68,7 +69,8 @@ def load_memory(model: nn.Module, folder: str | Path) -> None:
     if not (source / OPTIONS).exists():
         raise FileNotFoundError(f"{source} holds no {OPTIONS}: give a folder of save_memory")
     stored = json.loads((source / OPTIONS).read_text())
-    if stored["base"] != _base_fingerprint(model):
+    # Files written before all kinds of adapters named their base alike have the second.
+    if stored["base"] not in (base_fingerprint(model), fingerprint(model.named_parameters())):
         raise ValueError(
             f"the memory in {source} was trained in other weights than this "
             f"{type(model).__name__} has: load the model that it belongs to"
@@ -145,12 +147,8 @@ def _description(model: nn.Module) -> dict[str, Any]:
     return {
         "options": asdict(model.memory_options),
         "bits": next(iter(bits), None),
-        "base": _base_fingerprint(model),
+        "base": base_fingerprint(model),
     }
-
-
-def _base_fingerprint(model: nn.Module) -> str:
-    return fingerprint(_of_base(model, model.named_parameters()))
 
 
 def _base_state(model: nn.Module) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from lightning_modules.models.base_weights import base_fingerprint
 from lightning_modules.models.frozen import fingerprint
 
 
@@ -119,7 +120,7 @@ class LeftOut:
     def __init__(self, model: nn.Module) -> None:
         self._ids = {id(p) for p in model.parameters() if not p.requires_grad}
         self._names: set[str] | None = None
-        self._fingerprint: str | None = None
+        self._fingerprints: tuple[str | None, ...] = ()
 
     def settle(self, module: nn.Module) -> None:
         """Know the weights by their names from now on, before sharding replaces them all."""
@@ -134,7 +135,17 @@ class LeftOut:
                 yield name, parameter
 
     def fingerprint(self, module: nn.Module) -> str | None:
-        """Short hash of them; None if nothing is left out."""
-        if self._fingerprint is None and self._ids:
-            self._fingerprint = fingerprint(self.named(module))
-        return self._fingerprint
+        """Short hash of the base; None if nothing is left out."""
+        return self._known(module)[0]
+
+    def agrees(self, module: nn.Module, stored: str | None) -> bool:
+        """Whether a checkpoint with this fingerprint was trained on the same base."""
+        return stored in self._known(module)
+
+    def _known(self, module: nn.Module) -> tuple[str | None, ...]:
+        """The base's fingerprint, and the one that checkpoints had before adapters' files did."""
+        if not self._ids:
+            return (None,)
+        if not self._fingerprints:
+            self._fingerprints = (base_fingerprint(module), fingerprint(self.named(module)))
+        return self._fingerprints

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import (
 from torch import nn
 
 from lightning_modules.adapters.deep_context import connect, disconnect
-from lightning_modules.adapters.ttt_lora.base import adapter_parts, check_base
+from lightning_modules.adapters.ttt_lora.base import check_base
 from lightning_modules.adapters.ttt_lora.config import TTTLoraConfig
 from lightning_modules.adapters.ttt_lora.layer import (
     SiblingGroup,
@@ -26,6 +26,7 @@ from lightning_modules.adapters.ttt_lora.layer import (
 )
 from lightning_modules.adapters.ttt_lora.siblings import families, matched_sizes, plain_path
 from lightning_modules.layers.in_place_mlp import InPlaceMLP
+from lightning_modules.models.base_weights import adapter_parts
 
 CELLS = TTTLoraLayer.adapter_layer_names[0]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
