@@ -53,7 +53,7 @@ def run(command: str, folder: Path) -> str:
 
 def walk(page: Path, folder: Path) -> int:
     """Write the files of a page, run its commands, compare what it shows; how much was shown."""
-    for name in ("cli.py", "configs"):
+    for name in ("cli.py", "configs", "benchmarks"):
         (folder / name).symlink_to(ROOT / name)
     output, shown = "", 0
     for language, name, body in BLOCK.findall(page.read_text()):
