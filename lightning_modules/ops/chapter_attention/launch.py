@@ -135,7 +135,7 @@ def merge(call: Call, x: Inputs, parts: Tensor, part_lse: Tensor) -> tuple[Tenso
     from lightning_modules.ops.chapter_attention.kernels.forward import merge_kernel
 
     o, lse, rows = torch.empty_like(x.q), _scalars(x, 1), x.q.shape[0] * x.q.shape[1]
-    sizes, plan = _sizes(call, x), _plan(call, x).rows
+    sizes, plan = _sizes(call, x), _plan(call, x).merge
     del sizes["KV"]
     merge_kernel[(-(-rows // plan.queries),)](
         *(parts, part_lse, x.log_weights, o, lse),
@@ -151,7 +151,7 @@ def deltas(x: Inputs, o: Tensor, do: Tensor, dlse: Tensor | None) -> Tensor:
     from lightning_modules.ops.chapter_attention.kernels.backward import delta_kernel
 
     (tokens, heads, _), parts = x.q.shape, len(o) // len(x.q)
-    delta, plan = _scalars(x, parts), plan_of(x.q, x.mem_k, 1).rows
+    delta, plan = _scalars(x, parts), plan_of(x.q, x.mem_k, 1).merge
     delta_kernel[(-(-tokens * heads // plan.queries),)](
         *(o, do, dlse, delta, tokens * heads, heads),
         J=parts,
@@ -187,27 +187,27 @@ def bank_gradients(
     """
     from lightning_modules.ops.chapter_attention.kernels import backward
 
-    plan, (_, rows, kv_heads, _) = _plan(call, x).bank_gradient, x.mem_k.shape
-    tiles, (tokens, heads, size) = -(-rows // plan.rows), x.q.shape
+    plan, (_, rows, kv_heads, _) = _plan(call, x), x.mem_k.shape
+    tiles, (tokens, heads, size) = -(-rows // plan.bank_gradient.rows), x.q.shape
     sums = [lse.new_empty(len(groups.chapter), *x.mem_k.shape[1:]) for _ in "kv"]
     dq = dlog = None
     if not call.by_block:
-        dq = x.q.new_empty(tiles, tokens, x.chapters.shape[-1], heads, size)
-        dlog = lse.new_empty(tiles, tokens * x.chapters.shape[-1], heads)
+        dq = x.q.new_empty(tokens, x.chapters.shape[-1], heads, size)
+        dlog = lse.new_empty(tokens * x.chapters.shape[-1], heads)
+    given = (*x[:4], *groups[:4], lse, do, delta)
+    common = {"BY_TOKEN": call.block == 1, "BY_PART": call.mixture, **_sizes(call, x)}
     backward.bank_gradient_kernel[(len(groups.chapter) * kv_heads, tiles)](
-        *(*x[:4], *groups[:4], lse, do, delta, *sums, dq, dlog),
-        dq_stride=0 if dq is None else dq.stride(0),
-        dlog_stride=0 if dlog is None else dlog.stride(0),
-        BY_TOKEN=call.block == 1,
-        BY_PART=call.mixture,
-        WITH_QUERIES=not call.by_block,
-        **_sizes(call, x),
-        **_options(call, x, plan),
+        *(*given, *sums, dq, dlog),
+        WITH_QUERIES=dq is not None and tiles == 1,
+        **common,
+        **_options(call, x, plan.bank_gradient),
     )
+    if dq is not None and tiles > 1:
+        backward.pair_gradient_kernel[(len(groups.chapter) * heads,)](
+            *(*given, dq, dlog), **common, **_options(call, x, plan.pair_gradient)
+        )
     dk, dv = (add_groups(y, groups, x.mem_k) for y in sums)
-    if dq is None or dlog is None:
-        return dk, dv, None, None
-    return dk, dv, dq.sum((0, 2)), dlog.sum(0)
+    return dk, dv, None if dq is None else dq.sum(1), dlog
 
 
 def add_groups(sums: Tensor, groups: Groups, mem: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ def query_gradient_kernel(
     )
 
 
-@triton.jit(do_not_specialize=(*SIZES, "dq_stride", "dlog_stride"))
+@triton.jit(do_not_specialize=SIZES)
 def bank_gradient_kernel(
     q,
     mem_k,
@@ -128,8 +128,6 @@ def bank_gradient_kernel(
     T,
     block,
     blocks,
-    dq_stride,
-    dlog_stride,
     H,
     KV,
     K: tl.constexpr,
@@ -147,8 +145,8 @@ def bank_gradient_kernel(
     """Gradients of some rows of a chapter by a group and the query heads of a key head, by chapter.
 
     Scores are transposed, `[rows, slots]`. BY_PART: lse and delta are those of parts, not of
-    tokens. WITH_QUERIES: each slot also leaves its share of the gradients of its query and (summed
-    over the rows) its log weight, at the number of its part, for each tile of rows.
+    tokens. WITH_QUERIES (a chapter is one tile of rows): each slot also leaves its share of the
+    gradients of its query and (summed over the rows) its log weight, at the number of its part.
     """
     group, tile, kv = tl.program_id(0) // KV, tl.program_id(1), tl.program_id(0) % KV
     here, begin = tl.load(chapter + group), tl.load(first + group)
@@ -180,17 +178,89 @@ def bank_gradient_kernel(
         small = ds.to(queries.dtype)
         of_keys += tl.dot(small, queries, input_precision=PRECISION)
         if WITH_QUERIES:
-            of_queries = tl.dot(tl.trans(small), keys, input_precision=PRECISION) * SCALE
+            # transposed, too: otherwise ds would pass through shared memory into registers again
+            of_queries = tl.dot(tl.trans(keys), small, input_precision=PRECISION) * SCALE
             tl.store(
-                dq + tile * dq_stride + part[:, None] * D + d[None, :],
+                dq + part[None, :] * D + d[:, None],
                 of_queries.to(dq.dtype.element_ty),
-                mask=there[:, None] & (d < D)[None, :],
+                mask=there[None, :] & (d < D)[:, None],
             )
-            tl.store(dlog + tile * dlog_stride + part, tl.sum(ds, 0), mask=there)
+            tl.store(dlog + part, tl.sum(ds, 0), mask=there)
     row = ((group.to(tl.int64) * R + r) * KV + kv)[:, None] * D + d[None, :]
     real = (r < R)[:, None] & (d < D)[None, :]
     tl.store(dk + row, of_keys * SCALE, mask=real)
     tl.store(dv + row, of_values, mask=real)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def pair_gradient_kernel(
+    q,
+    mem_k,
+    mem_v,
+    log_weights,
+    order,
+    chapter,
+    first,
+    count,
+    lse,
+    do,
+    delta,
+    dq,
+    dlog,
+    T,
+    block,
+    blocks,
+    H,
+    KV,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+    SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+    BY_PART: tl.constexpr,
+):
+    """What `bank_gradient_kernel` leaves for queries and log weights, for chapters of several
+
+    tiles of rows: over all of them, so that there is one share for each slot.
+    """
+    group, h = tl.program_id(0) // H, tl.program_id(0) % H
+    here, begin = tl.load(chapter + group), tl.load(first + group)
+    slots = tl.load(count + group) * block
+    d, kv = tl.arange(0, BD), h // (H // KV)
+    for i in range(0, slots, BM):
+        s = i + tl.arange(0, BM)
+        pair, token, choice, there = slot_tokens(
+            order, begin, s, s < slots, T, block, blocks, K, BY_TOKEN
+        )
+        place = token.to(tl.int64) * H + h
+        part = (token.to(tl.int64) * K + choice) * H + h
+        queries = load_heads(q, place, there, d, D)
+        upper = load_heads(do, place, there, d, D)
+        of_slot = part if BY_PART else place
+        norm = tl.load(lse + of_slot, mask=there, other=float("inf"))
+        norm = (norm - tl.load(log_weights + pair, mask=there, other=0.0)) * LOG2E
+        drop = tl.load(delta + of_slot, mask=there, other=0.0)
+        out = tl.zeros([BM, BD], lse.dtype.element_ty)
+        share = tl.zeros([BM], lse.dtype.element_ty)
+        for start in range(0, R, BR):
+            r = start + tl.arange(0, BR)
+            keys = load_rows(mem_k, here, kv, KV, r[:, None], d[None, :], R, D)
+            values = load_rows(mem_v, here, kv, KV, r[:, None], d[None, :], R, D)
+            p = tl.exp2(logits(queries, keys, r < R, SCALE, PRECISION) - norm[:, None])
+            ds = tl.dot(upper, tl.trans(values), input_precision=PRECISION) - drop[:, None]
+            ds = p * ds
+            share += tl.sum(ds, 1)
+            out += tl.dot(ds.to(keys.dtype), keys, input_precision=PRECISION)
+        tl.store(
+            dq + part[:, None] * D + d[None, :],
+            (out * SCALE).to(dq.dtype.element_ty),
+            mask=there[:, None] & (d < D)[None, :],
+        )
+        tl.store(dlog + part, share, mask=there)
 
 
 @triton.jit
