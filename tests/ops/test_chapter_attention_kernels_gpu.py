@@ -1,4 +1,4 @@
-"""The Triton kernels of chapter attention on a GPU: as torch in float64, the same bits, no waits."""
+"""The Triton kernels of chapter attention on a GPU: as torch in float64, same bits, no waits."""
 
 from typing import Any
 
