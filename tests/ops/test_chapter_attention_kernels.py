@@ -163,9 +163,9 @@ def test_groups_of_many_chapters_are_the_same() -> None:
     """Chapters that 16 bits do not hold are sorted as they are."""
     chapters = torch.tensor([40_000, 3, 40_000, 39_999])
     found = sorted_groups(chapters, 40_001, 2)
-    used = found.count > 0
+    used = found.size > 0
     assert found.chapter[used].tolist() == [3, 39_999, 40_000]
-    assert found.count[used].tolist() == [1, 1, 2]
+    assert found.size[used].tolist() == [1, 1, 2]
     assert found.order.tolist() == [1, 3, 0, 2]
 
 

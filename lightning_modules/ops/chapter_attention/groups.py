@@ -26,14 +26,14 @@ class Groups(NamedTuple):
         order: pairs sorted by chapter, `[pairs]`.
         chapter: what a group reads, `[N]`.
         first: place in `order` of its first pair, `[N]`.
-        count: its pairs, 0 for groups that are not needed, `[N]`.
+        size: its pairs, 0 for groups that are not needed, `[N]`.
         start: first group of each chapter, and the end of the last, `[C + 1]`.
     """
 
     order: Tensor
     chapter: Tensor
     first: Tensor
-    count: Tensor
+    size: Tensor
     start: Tensor
 
 

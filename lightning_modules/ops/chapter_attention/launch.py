@@ -84,16 +84,13 @@ class Read(torch.autograd.Function):
             if call.mixture:  # parts are as large as k outputs: read again rather than kept
                 o = read_pairs(call, x, groups)[0]
             delta = deltas(x, o, do, None if call.mixture or dlse is None else dlse.contiguous())
-            if call.by_block:
+            dk, dv, dq, by_part = bank_gradients(call, x, groups, lse, do, delta)
+            if dq is None or by_part is None:
                 dq, dlog = query_gradients(call, x, lse, do, delta)
-                dk, dv, _, _ = bank_gradients(call, x, groups, lse, do, delta)
+            elif call.mixture:
+                dlog = sum_by_block(call, x, delta) * x.log_weights.exp()
             else:
-                dk, dv, dq, by_part = bank_gradients(call, x, groups, lse, do, delta)
-                if call.mixture:
-                    by_part = delta
                 dlog = sum_by_block(call, x, by_part)
-                if call.mixture:
-                    dlog = dlog * x.log_weights.exp()
         return None, dq, dk, dv, dlog, None
 
 
