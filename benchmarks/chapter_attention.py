@@ -1,32 +1,39 @@
-"""Chapter attention on a GPU or CPU: time, memory and error, beside a plain gather and SDPA.
+"""Chapter attention on a GPU or CPU: kernels and torch, beside a plain gather and SDPA.
 
-    python benchmarks/chapter_attention.py            # on a GPU
-    python benchmarks/chapter_attention.py --tiny     # a few seconds on a CPU, to see that it runs
+    python benchmarks/chapter_attention.py                             # on a GPU
+    python benchmarks/chapter_attention.py --cases published --kernels # time of each kernel
+    python benchmarks/chapter_attention.py --tiny --device cpu         # a few seconds
 
-Medians of `--repeats` calls after two warm-up calls, forward and forward with backward (gradients
-of queries, bank and weights). `gather` is what the op replaces: every block or token gathers its
-rows and attends to them with `scaled_dot_product_attention`. `whole` reads the whole bank by SDPA.
-The error is the largest difference to the naive loop in float64, over the scale of its output, on
-the first tokens. Peak memory is what a call with backward adds to its inputs (GPU only).
+Ceilings first (a product of bfloat16 matrices, a copy on the device), then for every form the
+medians of `--repeats` calls after three, forward and forward with backward (gradients of queries,
+bank and weights). `triton` and `torch` are the op's backends. `gather` is what the op replaces:
+every block or token gathers its rows and attends to them with `scaled_dot_product_attention`.
+`whole` reads the whole bank by SDPA. FLOPs are those of the maths (two products forward, five
+backward); the floor is the larger of FLOPs by the rate of the matrix product and of the bytes of
+queries, bank, outputs and their gradients by the rate of the copy. `ratio` is the time of `torch`
+with backward by that of the form. The error is the largest `|| x - y || / || y ||` of outputs and
+gradients to the torch backend in float64, on the first tokens. Peak memory is what a call with
+backward adds to its inputs (GPU only). All inputs are drawn anew for each case.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from op_timing import Ceilings, Timing, ceilings, kernel_times, relative, time_call
 from torch import Tensor
 from training_runs import machine
 
 from lightning_modules.ops import chapter_attention
 
-CHECKED = 64
-"""Tokens that are compared with the naive loop."""
+CHECKED = 1024
+"""Tokens of a row that are compared with float64."""
+
+Form = Callable[..., Tensor]
 
 
 class Case(NamedTuple):
@@ -45,18 +52,37 @@ class Case(NamedTuple):
         names = ("B", "T", "H", "D", "C", "R", "k", "block")
         return " ".join(f"{name}{value}" for name, value in zip(names, self, strict=True))
 
+    def flops(self, read: int, backward: bool) -> float:
+        """Of the products with so many chapters."""
+        pairs = self.batch * self.tokens * read
+        return 4.0 * pairs * self.rows * self.heads * self.head_dim * (3.5 if backward else 1)
 
-CASES = (
-    Case(8, 2048, 12, 64, 64, 64, 8, 128),
-    Case(8, 2048, 12, 64, 64, 64, 8, 1),
-    Case(8, 2048, 12, 64, 4096, 64, 8, 128),
-    Case(8, 2048, 12, 64, 4096, 64, 8, 1),
-    Case(16, 1024, 8, 32, 64, 128, 4, 64),
-    Case(16, 1024, 8, 32, 64, 128, 4, 1),
-    Case(3, 777, 5, 48, 37, 23, 3, 100),
-    Case(3, 777, 5, 48, 37, 23, 3, 1),
-)
-TINY = (Case(2, 70, 2, 8, 6, 5, 2, 16), Case(2, 70, 2, 8, 6, 5, 2, 1))
+    def bytes(self, size: int, backward: bool) -> int:
+        """Fewest that move, with numbers of so many bytes."""
+        queries, bank = self.batch * self.tokens, self.chapters * self.rows
+        vectors = 6 * queries + 6 * bank if backward else 2 * queries + 2 * bank
+        return vectors * self.heads * self.head_dim * size
+
+
+PUBLISHED = Case(64, 4096, 8, 64, 512, 128, 8, 1)
+"""262,144 queries of a bank of 65,536 rows."""
+
+CASES = {
+    "published": PUBLISHED,
+    "published_blocks": PUBLISHED._replace(block=128),
+    "small_bank_blocks": Case(8, 2048, 12, 64, 64, 64, 8, 128),
+    "small_bank": Case(8, 2048, 12, 64, 64, 64, 8, 1),
+    "large_bank_blocks": Case(8, 2048, 12, 64, 4096, 64, 8, 128),
+    "large_bank": Case(8, 2048, 12, 64, 4096, 64, 8, 1),
+    "narrow_blocks": Case(16, 1024, 8, 32, 64, 128, 4, 64),
+    "narrow": Case(16, 1024, 8, 32, 64, 128, 4, 1),
+    "odd_blocks": Case(3, 777, 5, 48, 37, 23, 3, 100),
+    "odd": Case(3, 777, 5, 48, 37, 23, 3, 1),
+}
+TINY = {
+    "tiny_blocks": Case(2, 70, 2, 8, 6, 5, 2, 32),
+    "tiny": Case(2, 20, 2, 8, 6, 5, 2, 1),
+}
 GATHERED = 2**31
 """Elements of gathered keys above which `gather` is not tried."""
 
@@ -93,55 +119,102 @@ def gather(
     return o.transpose(1, 2).reshape(batch, -1, heads, size)[:, :time_]
 
 
-def measure(call: Callable[..., Tensor], given: list[Tensor], repeats: int) -> tuple[float, ...]:
-    """Medians of forward, and of forward with backward, in ms, and the peak in GiB (0 on a CPU)."""
-    cuda = given[0].is_cuda
-    wanted = [x for x in given if x.requires_grad]
+def forms_of(case: Case, backends: Sequence[str]) -> dict[str, Form]:
+    """Ways to compute a case, by name."""
 
-    def step(backward: bool) -> None:
-        o = call(*given)
-        if backward:
-            torch.autograd.grad(o, wanted, torch.ones_like(o), allow_unused=True)
+    def op(backend: str) -> Form:
+        return lambda *x: chapter_attention(*x, block_size=case.block, backend=backend)
 
-    medians = []
-    for backward in (False, True):
-        times = []
-        for number in range(repeats + 2):
-            if cuda:
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            step(backward)
-            if cuda:
-                torch.cuda.synchronize()
-            if number >= 2:
-                times.append(time.perf_counter() - began)
-        medians.append(1e3 * statistics.median(times))
-    if not cuda:
-        return (*medians, 0.0)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step(True)
-    return (*medians, (torch.cuda.max_memory_allocated() - before) / 2**30)
+    forms = {backend: op(backend) for backend in backends}
+    blocks = -(-case.tokens // case.block)
+    gathered = case.batch * blocks * case.top_k * case.rows * case.heads * case.head_dim
+    if gathered < GATHERED:
+        forms["gather"] = lambda *x: gather(*x, case.block)
+    forms["whole"] = lambda q, k, v, c, w: chapter_attention(q, k, v, backend="torch")
+    return forms
 
 
-def error(call: Callable[..., Tensor], given: list[Tensor], block: int) -> float:
-    """Largest difference to the naive loop in float64 on the first tokens, over its scale."""
-    tokens = min(CHECKED, given[0].shape[1])
-    blocks = -(-tokens // block)
-    q, k, v, chapters, weights = (
-        x.detach()[:1].cpu() if i in (0, 3, 4) else x.detach().cpu() for i, x in enumerate(given)
-    )
-    expected = chapter_attention(
-        q[:, :tokens].double(),
-        k.double(),
-        v.double(),
-        chapters[:, :blocks],
-        weights[:, :blocks].double(),
-        block_size=block,
-        backend="naive",
-    )
-    found = call(*given)[:1, :tokens].detach().cpu().double()
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+def training(call: Form, given: list[Tensor]) -> Callable[[], list[Tensor]]:
+    """A call and its gradients, of a product with the same random numbers every time."""
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in given]
+    wanted = [x for x in leaves if x.requires_grad]
+    generator = torch.Generator(given[0].device).manual_seed(1)
+    upper = torch.randn(given[0].shape, device=given[0].device, generator=generator)
+    upper = upper.bfloat16().to(given[0].dtype)  # float64 compares with the same
+
+    def run() -> list[Tensor]:
+        o = call(*leaves)
+        found = torch.autograd.grad(o, wanted, upper, allow_unused=True)
+        return [o.detach(), *(x for x in found if x is not None)]
+
+    return run
+
+
+def inference(call: Form, given: list[Tensor]) -> Callable[[], Tensor]:
+    """A call without gradients."""
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return call(*given)
+
+    return run
+
+
+def error(call: Form, case: Case, given: list[Tensor]) -> float:
+    """The largest error of outputs and gradients on the first tokens of the first rows."""
+    tokens = min(CHECKED, case.tokens)
+    cut = (tokens, None, None, -(-tokens // case.block), -(-tokens // case.block))
+    part = [x if n is None else x[:2, :n].contiguous() for x, n in zip(given, cut, strict=True)]
+    exact = [x.double() if x.is_floating_point() else x for x in part]
+    expected = training(forms_of(case, ("torch",))["torch"], exact)()
+    return max(map(relative, training(call, part)(), expected))
+
+
+def attempt(call: Callable[[], object], repeats: int, device: str) -> Timing | str:
+    """The timing, or why there is none (a form may not fit into memory)."""
+    try:
+        return time_call(call, repeats, device=device)
+    except (RuntimeError, ValueError) as failure:
+        return f"failed: {(str(failure).strip() or 'no reason').splitlines()[0][:60]}"
+
+
+def rows(
+    name: str, case: Case, given: list[Tensor], top: Ceilings, backends: Sequence[str], repeats: int
+) -> list[str]:
+    """A line of the table for every form."""
+    device, dtype = given[0].device.type, str(given[0].dtype).removeprefix("torch.")
+    forms = forms_of(case, backends)
+    timed = {
+        form: [attempt(make(call, given), repeats, device) for make in (inference, training)]
+        for form, call in forms.items()
+    }
+    lines = []
+    for form, call in forms.items():
+        cells = [name, str(case), dtype, form]
+        read = case.chapters if form == "whole" else case.top_k
+        for backward, timing in enumerate(timed[form]):
+            if isinstance(timing, str):
+                cells += [timing, "", ""]
+                continue
+            flops = case.flops(read, bool(backward))
+            size = given[0].element_size()
+            floor = max(flops / top.matmul / 1e9, case.bytes(size, bool(backward)) / top.copy / 1e6)
+            cells += [f"{timing.median:.3f} [{timing.low:.3f}, {timing.high:.3f}]"]
+            cells += [f"{flops / timing.median / 1e9:.1f}", f"{100 * floor / timing.median:.0f} %"]
+        own, torch_ = timed[form][1], timed["torch"][1]
+        both = isinstance(own, Timing) and isinstance(torch_, Timing)
+        cells += [f"{own.memory:.2f}" if isinstance(own, Timing) else ""]
+        cells += [f"{torch_.median / own.median:.2f}" if both else ""]
+        wrong = form == "whole" or isinstance(own, str)
+        cells += ["" if wrong else f"{error(call, case, given):.1e}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+HEADER = (
+    "| case | sizes | dtype | form | forward ms | TFLOP/s | floor | with backward ms | TFLOP/s | "
+    "floor | peak GiB | ratio | error |\n" + "|---" * 13 + "|"
+)
 
 
 def main() -> None:
@@ -150,37 +223,28 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cases", nargs="+")
+    parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--repeats", type=int, default=10)
     options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print("| case | dtype | form | forward ms | with backward ms | TFLOP/s | peak GiB | error |")
-    print("|---|---|---|---|---|---|---|---|")
-    for case in TINY if options.tiny else CASES:
-        for dtype in (torch.float32,) if device == "cpu" else (torch.bfloat16, torch.float32):
-            for line in rows(case, inputs(case, device, dtype), options.repeats):
-                print(f"| {case} | {str(dtype).removeprefix('torch.')} | {line} |", flush=True)
+    cases, cuda = TINY if options.tiny else CASES, options.device == "cuda"
+    chosen = {name: cases[name] for name in options.cases or cases}
+    sizes = {} if cuda else {"width": 256, "copied": 2**16}
+    top = ceilings(repeats=options.repeats, device=options.device, **sizes)
+    print(f"ceilings: {top.matmul:.1f} TFLOP/s in bfloat16, copy {top.copy:.0f} GB/s\n\n{HEADER}")
+    backends = ("torch", "triton") if cuda else ("torch",)
+    for name, case in chosen.items():
+        for dtype in (torch.bfloat16, torch.float32) if cuda else (torch.float32,):
+            given = inputs(case, options.device, dtype)
+            for line in rows(name, case, given, top, backends, options.repeats):
+                print(line, flush=True)
+            if options.kernels and cuda:
+                for kernel, ms, count in kernel_times(
+                    training(forms_of(case, backends)["triton"], given)
+                ):
+                    print(f"    {ms:8.3f} ms {count:3} x {kernel[:90]}", flush=True)
     print(f"\n{machine(('torch',))}")
-
-
-def rows(case: Case, given: list[Tensor], repeats: int) -> list[str]:
-    """A line of the table for every form."""
-    blocks = -(-case.tokens // case.block)
-    gathered = case.batch * blocks * case.top_k * case.rows * case.heads * case.head_dim
-    forms: dict[str, Callable[..., Tensor]] = {
-        "op": lambda *x: chapter_attention(*x, block_size=case.block)
-    }
-    if gathered < GATHERED:
-        forms["gather"] = lambda *x: gather(*x, case.block)
-    forms["whole"] = lambda q, k, v, c, w: chapter_attention(q, k, v)
-    lines = []
-    for name, call in forms.items():
-        forward, both, peak = measure(call, given, repeats)
-        read = case.chapters if name == "whole" else case.top_k
-        products = 4 * case.batch * case.tokens * case.heads * case.head_dim * read * case.rows
-        wrong = "" if name == "whole" else f"{error(call, given, case.block):.1e}"
-        rate = 3.5 * products / both / 1e9
-        lines.append(f"{name} | {forward:.2f} | {both:.2f} | {rate:.1f} | {peak:.2f} | {wrong}")
-    return lines
 
 
 if __name__ == "__main__":

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from lightning_modules.ops.chapter_attention.checks import check_chapter_attention
 from lightning_modules.ops.chapter_attention.eager import eager_chapter_attention
+from lightning_modules.ops.chapter_attention.fused import (
+    triton_chapter_attention,
+    triton_obstacle,
+)
 from lightning_modules.ops.chapter_attention.naive import naive_chapter_attention
-from lightning_modules.ops.checks import select_backend
+from lightning_modules.ops.triton_backend import dispatch
 
-BACKENDS = {"torch": eager_chapter_attention, "naive": naive_chapter_attention}
+BACKENDS = {
+    "torch": eager_chapter_attention,
+    "naive": naive_chapter_attention,
+    "triton": triton_chapter_attention,
+}
 
 __all__ = ["chapter_attention"]
 
@@ -66,18 +75,19 @@ def chapter_attention(
         dropout: probability with which an attention weight becomes 0 and the others grow; pass 0
             outside training.
         return_lse: also return the logsumexp of the logits (joint only).
-        backend: "torch" (fast), "naive" (a loop over tokens that defines the result), or "auto"
-            (the fastest there is).
+        backend: "torch" (matrix products), "triton" (kernels for CUDA, D up to 128, chosen
+            chapters, no dropout), "naive" (a loop over tokens that defines the result), or "auto":
+            "triton" on a GPU where it can, else "torch"; a line in the log says why, once.
 
     Returns:
         Outputs `[B, T, H, D]` in the dtype of q, and if asked for lse `[B, T, H]`, float32
-        (float64 if q is). The torch backend's matrix products take the inputs' dtype (under
-        autocast: its dtype), its softmax float32 at least. Gradients are of first order.
+        (float64 if q is). The matrix products of "torch" and "triton" take the inputs' dtype (under
+        autocast: its dtype), their softmax float32 at least. Gradients are of first order.
 
     Raises:
-        ValueError: if shapes, dtypes or options do not fit together.
+        ValueError: if shapes, dtypes or options do not fit together, or not the backend.
+        RuntimeError: backend "triton" without a GPU, or without triton.
     """
-    run = select_backend("chapter_attention", backend, BACKENDS)
     options: dict[str, Any] = {
         "block_size": block_size,
         "shared": shared,
@@ -88,4 +98,6 @@ def chapter_attention(
         "return_lse": return_lse,
     }
     check_chapter_attention(q, mem_k, mem_v, chapters, log_weights, **options)
+    obstacle = partial(triton_obstacle, q, mem_k, mem_v, whole=chapters is None, dropout=dropout)
+    run = dispatch("chapter_attention", backend, BACKENDS, q, obstacle)
     return run(q, mem_k, mem_v, chapters, log_weights, **options)

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
+from lightning_modules.ops.chapter_attention.arguments import (
+    log_weights_of,
+    product_dtype,
+    reads_by_chapter,
+    with_shared,
+)
 from lightning_modules.ops.chapter_attention.gathered import gathered_attention, pays
 from lightning_modules.ops.chapter_attention.reading import ReadTiles
 from lightning_modules.ops.chapter_attention.tiles import (
@@ -14,10 +20,6 @@ from lightning_modules.ops.chapter_attention.tiles import (
     sorted_tiles,
     tile_width,
 )
-
-MIN_BLOCK = 32
-"""Blocks of fewer tokens share what they gather among too few, and are read token by token (by
-training steps on a CPU: at 8 tokens 2.5 and at 16 tokens 1.6 times as fast, at 32 slower)."""
 
 COMMON_WIDTH = 128
 """Tokens that gather shared chapters together, where they are not among the chosen ones."""
@@ -45,7 +47,7 @@ def eager_chapter_attention(
     sorted by chapter, so that those in a chapter share its rows; only if they are few (decoding)
     does each gather for itself. How a row of the batch is computed does not depend on the others.
     """
-    dtype, device = _product_dtype(q, mem_k, mem_v), q.device.type
+    dtype, device = product_dtype(q, mem_k, mem_v), q.device.type
     options = (q.shape[-1] ** -0.5 if scale is None else scale, dropout)
     with torch.autocast("cpu" if device == "meta" else device, enabled=False):
         tokens, k, v = q.flatten(0, 1).to(dtype), mem_k.to(dtype), mem_v.to(dtype)
@@ -58,10 +60,10 @@ def eager_chapter_attention(
                 return _read_all(tokens, k, v, *options).to(q.dtype).view_as(q)
             o, lse = read(_common_tiles(q, len(k), batch=1, width=len(tokens)), None, False)
         else:
-            mixture, weights = mixing == "mixture", _weights(q, chapters, log_weights)
-            sort = _is_sorted(q, mem_k, chapters, block_size)
+            mixture, weights = mixing == "mixture", log_weights_of(q, chapters, log_weights)
+            sort = reads_by_chapter(q, mem_k, chapters, block_size)
             if shared and not mixture and not sort:  # one softmax, and one gather
-                chapters, weights, shared = _with_shared(chapters, weights, shared)
+                (chapters, weights), shared = with_shared(chapters, weights, shared), 0
             if not (sort or mixture or return_lse) and pays(tokens, min(block_size, q.shape[1])):
                 return gathered_attention(
                     tokens.view_as(q),
@@ -80,20 +82,6 @@ def eager_chapter_attention(
                 o, lse = (o + more[0], lse) if mixture else _merge(o, lse, *more)
     o = o.to(q.dtype).view_as(q)
     return (o, lse.view(q.shape[:3])) if return_lse else o
-
-
-def _product_dtype(q: Tensor, mem_k: Tensor, mem_v: Tensor) -> torch.dtype:
-    """What matrix products take: the inputs' dtype, or autocast's unless they are float64."""
-    dtype = torch.promote_types(q.dtype, torch.promote_types(mem_k.dtype, mem_v.dtype))
-    device = q.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return dtype
-
-
-def _is_sorted(q: Tensor, mem_k: Tensor, chapters: Tensor, block_size: int) -> bool:
-    """Whether gathering for each block would be more than sorting its choices by chapter."""
-    return min(block_size, q.shape[1]) < MIN_BLOCK and chapters[0].numel() > len(mem_k)
 
 
 def _tiles(
@@ -115,20 +103,6 @@ def _common_tiles(
     time = q[..., 0, 0].numel() // batch
     chapters = torch.arange(count, device=q.device).expand(batch, -(-time // width), -1)
     return block_tiles(chapters, time, width, separate)
-
-
-def _weights(q: Tensor, chapters: Tensor, log_weights: Tensor | None) -> Tensor:
-    """Logarithms of the weights in at least float32."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    if log_weights is None:
-        return torch.zeros(chapters.shape, dtype=dtype, device=q.device)
-    return log_weights.to(dtype)
-
-
-def _with_shared(chapters: Tensor, weights: Tensor, shared: int) -> tuple[Tensor, Tensor, int]:
-    """Shared chapters as chosen ones of weight 1, and none that are left."""
-    common = torch.arange(shared, device=chapters.device).expand(*chapters.shape[:2], -1)
-    return torch.cat([common, chapters], dim=-1), pad(weights, (shared, 0)), 0
 
 
 def _by_token(x: Tensor, time: int, block_size: int) -> Tensor:

@@ -1,0 +1,74 @@
+"""Kernels compiled for a GPU that is not there: `with record() as compiled:` around their launches.
+
+Tensors may be on the device "meta". Needs a process without TRITON_INTERPRET.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+
+
+class Compiled(NamedTuple):
+    """What ptxas says of a kernel for sm_90a: registers of a thread, bytes spilled and shared."""
+
+    name: str
+    registers: int
+    spilled: int
+    shared: int
+
+
+@contextmanager
+def record() -> Iterator[list[Compiled]]:
+    """Compile kernels instead of launching them."""
+    found: list[Compiled] = []
+    launch = JITFunction.__getitem__
+
+    def instead(kernel: JITFunction, grid: Any) -> Any:
+        return lambda *given, **named: found.append(compile_call(kernel, given, named))
+
+    JITFunction.__getitem__ = instead
+    try:
+        yield found
+    finally:
+        JITFunction.__getitem__ = launch
+
+
+def compile_call(kernel: JITFunction, given: tuple[Any, ...], named: dict[str, Any]) -> Compiled:
+    """Compile a kernel for these arguments as a launch would."""
+    values = dict(zip(kernel.arg_names, given, strict=False)) | named
+    options = {n: values.pop(n) for n in ("num_warps", "num_stages") if n in values}
+    assert values.keys() == set(kernel.arg_names), kernel.__name__
+    types, constants, attributes = {}, {}, {}
+    for i, p in enumerate(kernel.params):
+        value = values[p.name]
+        free = p.do_not_specialize
+        if torch.is_tensor(value):
+            types[p.name], attributes[i,] = TYPES[value.dtype], [["tt.divisibility", 16]]
+        elif p.is_constexpr or value is None or (value == 1 and not free):
+            types[p.name], constants[i,] = "constexpr", value
+        else:
+            types[p.name] = "i32"
+            if value % 16 == 0 and not free:
+                attributes[i,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, types, constants, attributes)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(made.asm["ptx"])
+        file.flush()
+        program = triton.knobs.nvidia.ptxas.path
+        command = [program, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = int(re.search(r"Used (\d+) registers", said)[1])
+    spilled = int(re.search(r"(\d+) bytes spill stores", said)[1])
+    return Compiled(kernel.__name__, registers, spilled, made.metadata.shared)
