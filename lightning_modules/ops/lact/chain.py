@@ -12,16 +12,10 @@ import torch
 from torch import Tensor
 
 from lightning_modules.ops.lact import stack
-from lightning_modules.ops.lact.launch import (
-    Norms,
-    Pair,
-    Sizes,
-    add_momentum,
-    gather,
-    scatter,
-    update,
-)
+from lightning_modules.ops.lact.launch_tokens import gather, scatter
+from lightning_modules.ops.lact.launch_weights import Norms, add_momentum, update
 from lightning_modules.ops.lact.orthogonal import orthogonal
+from lightning_modules.ops.lact.sizes import Pair, Sizes
 from lightning_modules.ops.lact.walk import Block, Change, Walk
 from lightning_modules.ops.ttt_eager import refuse_second_derivatives
 
@@ -116,8 +110,11 @@ class Chain(torch.autograd.Function):
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs, *versions)
+        # Copies: a view would keep all versions alive as long as the state.
         main = versions.main[:, -1].clone() if call.prenorm else None
-        momentum = None if x.momentum is None else versions.momentum[:, -1].clone()
+        momentum = None
+        if x.momentum is not None and versions.momentum is not None:
+            momentum = versions.momentum[:, -1].clone()
         return o, now, main, momentum
 
     @staticmethod
@@ -198,8 +195,9 @@ def _change(
 
 def mean_of(versions: Versions, change: Change) -> Tensor | None:
     """Mean coefficient of the chunk that a change writes, `[G]`; None without one."""
-    given = versions.mean is not None and change.write is not None
-    return versions.mean[change.write] if given else None
+    if versions.mean is None or change.write is None:
+        return None
+    return versions.mean[change.write]
 
 
 def norms_of(x: Inputs, j: int) -> Norms:
@@ -212,10 +210,10 @@ def _read_all(call: Call, q: Tensor, versions: Versions) -> Tensor:
     o = q.new_zeros(q.shape) if call.masked else q.new_empty(q.shape)
     for block in call.walk.reads:
         x = gather(q, None, block, q.dtype).flatten(0, 1)
-        pairs = call.pairs(versions.low, block.version, block.count)
+        pairs = call.pairs(versions.low, block.version, block.number)
         scatter(_blocks(stack.read(call.form, pairs, x), block), o, None, block)
     return o
 
 
 def _blocks(x: Tensor, block: Block) -> Tensor:
-    return x.unflatten(0, (block.count, -1))
+    return x.unflatten(0, (block.number, -1))

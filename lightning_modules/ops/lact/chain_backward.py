@@ -12,16 +12,15 @@ from lightning_modules.ops.lact.chain import (
     norms_of,
     written_tokens,
 )
-from lightning_modules.ops.lact.launch import (
+from lightning_modules.ops.lact.launch_tokens import gather, scatter
+from lightning_modules.ops.lact.launch_weights import (
     Carry,
     Norms,
-    Pair,
-    gather,
     momentum_backward,
-    scatter,
     update_backward,
 )
 from lightning_modules.ops.lact.orthogonal import orthogonal_backward
+from lightning_modules.ops.lact.sizes import Pair
 from lightning_modules.ops.lact.walk import Block, Change
 
 
@@ -39,20 +38,18 @@ def run_backward(
     reading, writing = Reading(call, x.q, versions, do), Writing(call, x, versions)
     for n in range(len(call.walk.changes), 0, -1):
         writing.step(n, carry, reading.at(n))
-    for j, (one, pair) in enumerate(zip(carry, reading.at(0) or [None] * len(carry), strict=True)):
-        for parts in (pair, writing.left and writing.left[j]):
-            if parts is not None:
-                for total, part in zip(call.sizes.pair(one.weights), parts, strict=True):
-                    total += part
+    for changes in (reading.at(0), writing.left):
+        for one, (of_w02, of_w1) in zip(carry, changes or (), strict=False):
+            w02, w1 = call.sizes.pair(one.weights)
+            w02 += of_w02
+            w1 += of_w1
 
     def stacked(name: str) -> Tensor | None:
         parts = [getattr(one, name) for one in carry]
         return None if parts[0] is None else torch.stack(parts)
 
     of_norms = [one.norms for one in carry]
-    learned_norms = None
-    if x.learned_norms is not None:
-        learned_norms = torch.stack([norms.learned for norms in of_norms])
+    learned_norms = [norms.learned for norms in of_norms if norms.learned is not None]
     return (
         reading.dq,
         *writing.token_gradients(x),
@@ -61,7 +58,7 @@ def run_backward(
         stacked("momentum"),
         torch.stack([norms.start for norms in of_norms]),
         stacked("learned"),
-        learned_norms,
+        torch.stack(learned_norms) if learned_norms else None,
     )
 
 
@@ -70,17 +67,24 @@ def _carries(
 ) -> list[Carry]:
     """The gradients at the last version, block by block; copies, as they change in place."""
 
-    def begin(upper: Tensor | None, like: Tensor | None) -> list[Tensor] | list[None]:
-        if like is None:
-            return [None] * len(x.start)
+    def begin(upper: Tensor | None, like: Tensor) -> Tensor:
         if upper is None:
-            return [torch.zeros_like(one) for one in like]
-        return [one.clone(memory_format=torch.contiguous_format) for one in upper]
+            return torch.zeros_like(like)
+        return upper.clone(memory_format=torch.contiguous_format)
 
-    norms = map(Norms, begin(None, x.norms), begin(None, x.learned_norms))
-    given = ((dnow, x.start), (dmain, x.main), (dmomentum, x.momentum))
-    fields = [begin(*pair) for pair in given]
-    return [Carry(*parts) for parts in zip(*fields, norms, begin(None, x.learned), strict=True)]
+    def maybe(upper: Tensor | None, like: Tensor | None, j: int) -> Tensor | None:
+        return None if like is None else begin(None if upper is None else upper[j], like[j])
+
+    return [
+        Carry(
+            begin(None if dnow is None else dnow[j], start),
+            maybe(dmain, x.main, j),
+            maybe(dmomentum, x.momentum, j),
+            Norms(torch.zeros_like(x.norms[j]), maybe(None, x.learned_norms, j)),
+            maybe(None, x.learned, j),
+        )
+        for j, start in enumerate(x.start)
+    ]
 
 
 class Reading:
@@ -102,7 +106,7 @@ class Reading:
 
     def at(self, n: int) -> list[Pair] | None:
         """Gradients of each block's weights of version n; None: nothing read them."""
-        while self.left and self.left[-1].version + self.left[-1].count > n:
+        while self.left and self.left[-1].version + self.left[-1].number > n:
             self._back(self.left.pop())
         return self.found.pop(n, None)
 
@@ -110,10 +114,10 @@ class Reading:
         call, groups = self.call, self.call.sizes.groups
         assert self.do is not None
         x, upper = (gather(t, None, block, self.q.dtype).flatten(0, 1) for t in (self.q, self.do))
-        pairs = call.pairs(self.low, block.version, block.count)
+        pairs = call.pairs(self.low, block.version, block.number)
         dx, changes = stack.read_backward(call.form, pairs, x, upper)
-        scatter(dx.unflatten(0, (block.count, -1)), self.dq, None, block)
-        for s in range(block.count):
+        scatter(dx.unflatten(0, (block.number, -1)), self.dq, None, block)
+        for s in range(block.number):
             part = slice(s * groups, (s + 1) * groups)
             here = [(first[part], second[part]) for first, second in changes]
             before = self.found.get(block.version + s)
@@ -153,8 +157,8 @@ class Writing:
                 call.sizes,
                 change,
                 one,
-                read and read[j],
-                self.left and self.left[j],
+                read[j] if read else None,
+                self.left[j] if self.left else None,
                 versions.main[j, n],
                 versions.low[j, n - 1],
                 self.both[j],
@@ -216,5 +220,5 @@ class Writing:
         if block.token is not None:
             return like.new_zeros(like.shape)
         out = like.new_empty(like.shape)
-        out[:, max(0, block.count * block.width - block.pending) :] = 0
+        out[:, max(0, block.number * block.width - block.pending) :] = 0
         return out

@@ -9,7 +9,6 @@ from torch.distributed import ProcessGroup
 from lightning_modules.ops.lact.block import Triple
 from lightning_modules.ops.lact.chain import Call, Chain
 from lightning_modules.ops.lact.eager import held_tokens, new_state
-from lightning_modules.ops.lact.launch import Sizes
 from lightning_modules.ops.lact.layout import Even, Uneven
 from lightning_modules.ops.lact.memory import (
     Memory,
@@ -19,6 +18,7 @@ from lightning_modules.ops.lact.memory import (
     state_fields,
 )
 from lightning_modules.ops.lact.plan import plan
+from lightning_modules.ops.lact.sizes import Sizes
 from lightning_modules.ops.lact.stack import Form
 from lightning_modules.ops.lact.walk import walk
 from lightning_modules.ops.states import LaCTState, TokensRead
@@ -109,8 +109,8 @@ def _run(
     """The outputs, and the memory after the call."""
     sizes, changes = call.sizes, call.walk.changes
     k, v, *rates = tokens
-    kept = [None] * 3
-    if held is not None and call.walk.writes.count:
+    kept: list[Tensor | None] = [None] * 3
+    if held is not None and call.walk.writes.number:
         first, second, *others = (x.to(dtype) for x in held)
         kept = [x.contiguous() for x in (first, second, torch.cat(others, dim=-1))]
     start = _pack(memory.weights, sizes)
@@ -134,7 +134,7 @@ def _run(
     )
     if not changes:
         return o, memory
-    shapes: list[tuple[int, int]] = [tuple(w.shape[-2:]) for w in memory.weights]
+    shapes = [w.shape[-2:] for w in memory.weights]
     after = [None if x is None else _unpack(x, shapes, sizes) for x in packed]
     norms = memory.norms
     if renewed is not None:
@@ -150,10 +150,10 @@ def _pack(triple: Triple, sizes: Sizes) -> Tensor:
     return packed.expand(-1, -1, sizes.batch, -1).flatten(1, 2).contiguous()
 
 
-def _unpack(packed: Tensor, shapes: list[tuple[int, int]], sizes: Sizes) -> Triple:
+def _unpack(packed: Tensor, shapes: list[torch.Size], sizes: Sizes) -> Triple:
     """The inverse, for W0, W1, W2 of these shapes."""
     first, last, second = shapes
-    parts = packed.split([a * b for a, b in (first, second, last)], dim=-1)
+    parts = packed.split([shape.numel() for shape in (first, second, last)], dim=-1)
     w0, w2, w1 = (
         x.unflatten(-1, shape).unflatten(1, (sizes.heads, sizes.batch))
         for x, shape in zip(parts, (first, second, last), strict=True)

@@ -11,13 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_modules.ops.lact.launch import (
-    Pair,
+from lightning_modules.ops.lact.launch_tokens import (
     read_gate,
     read_gate_backward,
     write_gate,
     write_gate_backward,
 )
+from lightning_modules.ops.lact.sizes import Pair
 from lightning_modules.ops.products import wide_product
 
 

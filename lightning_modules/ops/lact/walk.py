@@ -19,7 +19,7 @@ class Block(NamedTuple):
 
     Attributes:
         version: the weights that its first chunk reads with; each next chunk the next ones.
-        count: S.
+        number: S.
         width: w.
         start: token of the call in the first slot, negative in the state; without a map, the
             others follow.
@@ -29,7 +29,7 @@ class Block(NamedTuple):
     """
 
     version: int
-    count: int
+    number: int
     width: int
     start: int
     token: Tensor | None
@@ -95,13 +95,13 @@ def _uneven(layout: Uneven, batch: int, heads: int) -> Walk:
     changes: list[Change] = []
     versions, index, renewed = [0], 0, None
     for n, restart in enumerate(layout.restarts):
-        writes = n > 0 and layout.writes.widths[n - 1] > 0
+        some = n > 0 and layout.writes.widths[n - 1] > 0
         if restart is not None:
             renewed = restart if renewed is None else renewed | restart
-        if writes or restart is not None:
-            rows = layout.rows[n] if writes else None
-            changes.append(Change(restart, renewed, index if writes else None, rows))
-            index += writes
+        if some or restart is not None:
+            rows = layout.rows[n] if some else None
+            changes.append(Change(restart, renewed, index if some else None, rows))
+            index += some
         versions.append(len(changes))
     reads, start = [], 0
     for version, length, width in _runs(versions[1:], layout.reads.widths, batch * heads):

@@ -7,6 +7,9 @@ are widened for the arithmetic and rounded when they are stored.
 import triton
 import triton.language as tl
 
+UNALIGNED = ("rates", "drates")
+"""Slices whose address 16 may divide or not, which must not make a kernel compile again."""
+
 
 @triton.jit
 def sigmoid(x):
@@ -78,7 +81,7 @@ def read_gate_backward_kernel(
     store_narrow(hidden + m * F + f, g * h, real)
 
 
-@triton.jit(do_not_specialize=("M",))
+@triton.jit(do_not_specialize=("M",), do_not_specialize_on_alignment=UNALIGNED)
 def write_gate_kernel(
     ph,
     u,
@@ -120,7 +123,7 @@ def write_gate_kernel(
         store_narrow(plain + m * 2 * F + F + f, ug, real)
 
 
-@triton.jit(do_not_specialize=("M",))
+@triton.jit(do_not_specialize=("M",), do_not_specialize_on_alignment=UNALIGNED)
 def write_gate_backward_kernel(
     pa,
     ud,

@@ -25,7 +25,7 @@ def slot_tile(token, start, S, w, B, T, P, BT: tl.constexpr, HAS_MAP: tl.constex
     return s, b, c, inside, t, there
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=("token",))
 def gather_kernel(
     x,
     held,
@@ -65,7 +65,7 @@ def gather_kernel(
     tl.store(out + slot[:, None] * E + e, value, mask=inside[:, None] & (e < E))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=("token",))
 def scatter_kernel(
     x,
     held,

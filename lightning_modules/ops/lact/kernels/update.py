@@ -1,12 +1,15 @@
 """LaCT in Triton: what happens to the weights between two chunks.
 
-A program has some rows of a head's weights. The weights of a head lie behind each other, W0 and W2 `[2 F, D]`
-and then W1 `[D, F]` (*packed*, `[G, 3 F D]`, G = H * B); a *pair* is the same as two tensors.
+A program has some rows of a head's weights. These lie behind each other, W0 and W2 `[2 F, D]` and
+then W1 `[D, F]` (*packed*, `[G, 3 F D]`, G = H * B); a *pair* is the same as two tensors.
 Numbers are wide (float32 or float64) but for what products read.
 """
 
 import triton
 import triton.language as tl
+
+UNALIGNED = ("mean", "dmean", "restart", "renewed", "rows")
+"""Slices of small tensors: whether 16 divides their addresses must not make a kernel compile."""
 
 
 @triton.jit
@@ -36,7 +39,7 @@ def load_pair(first, second, g, at, real, of_w1, F: tl.constexpr, D: tl.constexp
 @triton.jit
 def flag(rows, g, B, GIVEN: tl.constexpr, ELSE: tl.constexpr):
     """Whether the row of the batch is among these; ELSE if there are none given."""
-    if GIVEN:
+    if GIVEN:  # noqa: SIM108  (known when the kernel is compiled)
         answer = tl.load(rows + g % B) != 0
     else:
         answer = ELSE
@@ -62,7 +65,7 @@ def store_operands(both, old, change, g, i, at, real, of_w1, F: tl.constexpr, D:
     tl.store(both + place + beside, change.to(both.dtype.element_ty), mask=real)
 
 
-@triton.jit(do_not_specialize=("B",))
+@triton.jit(do_not_specialize=("B",), do_not_specialize_on_alignment=UNALIGNED)
 def momentum_kernel(
     first,
     second,
@@ -95,7 +98,7 @@ def momentum_kernel(
     tl.store(out + at, m, mask=real)
 
 
-@triton.jit(do_not_specialize=("B",))
+@triton.jit(do_not_specialize=("B",), do_not_specialize_on_alignment=UNALIGNED)
 def update_kernel(
     first,
     second,
@@ -156,7 +159,7 @@ def update_kernel(
     tl.store(low + at, w.to(low.dtype.element_ty), mask=real)
 
 
-@triton.jit(do_not_specialize=("B",))
+@triton.jit(do_not_specialize=("B",), do_not_specialize_on_alignment=UNALIGNED)
 def update_backward_kernel(
     main,
     carry,
@@ -244,7 +247,7 @@ def update_backward_kernel(
         tl.store(carry_main + at, upper, mask=real)
 
 
-@triton.jit(do_not_specialize=("B",))
+@triton.jit(do_not_specialize=("B",), do_not_specialize_on_alignment=UNALIGNED)
 def momentum_backward_kernel(
     dchange,
     carry,
