@@ -19,6 +19,8 @@ pytestmark = [
 # Relative in the norm. float32: 6e-8 a product, through some ten updates; bfloat16: 8 bits of every
 # factor and of what lies between two products, through the dozen products behind a gradient.
 TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (0.02, 0.05)}
+# Muon makes all singular values alike, and with the small ones their rounding errors large.
+MUON_FACTOR = 5
 MUON = {"muon": True, "muon_dtype": torch.float32}
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {"momentum": False},
@@ -71,16 +73,18 @@ def check(case: Case, dtype: torch.dtype, **options: Any) -> None:
     """Against the torch backend in float64, which the CPU's tests hold against the loop."""
     expected = differentiate(on_gpu(case, torch.float64), "torch", **options)
     actual = differentiate(on_gpu(case, dtype), "triton", **options)
+    factor = MUON_FACTOR if case.options.get("muon") else 1
     for got, reference, bound in zip(actual, expected, TOLERANCES[dtype], strict=True):
         errors = norm_errors(got, reference)
-        assert all(error <= bound for error in errors.values()), errors
+        assert all(error <= factor * bound for error in errors.values()), errors
 
 
 @every_dtype
 @pytest.mark.parametrize("size", [32, 64, 96, 384])
 @pytest.mark.parametrize("name", FEATURES)
 def test_triton_is_torch_in_float64(name: str, size: int, dtype: torch.dtype) -> None:
-    check(case_of(size, **FEATURES[name]), dtype)
+    # twice as many tokens as channels, or Muon would blow up directions of rounding errors alone
+    check(case_of(size, 4 * 2 * size + 9, 2 * size, **FEATURES[name]), dtype)
 
 
 @every_dtype

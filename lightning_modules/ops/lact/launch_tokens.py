@@ -21,6 +21,8 @@ def gather(x: Tensor, held: Tensor | None, block: Block, dtype: torch.dtype) -> 
     if out.numel():
         strides = dict(zip(("row_stride", "time_stride", "head_stride"), x.stride(), strict=False))
         options = _token_options(x, held, block)
+        # Vectors of 16 bytes; of E alone, so that no other length compiles another kernel.
+        options["ALIGNED"] = inner % 16 == 0 and x.stride(0) % 16 == 0
         gather_kernel[_token_grid(x, block)](x=x, out=out, **strides, **options)
     return out
 

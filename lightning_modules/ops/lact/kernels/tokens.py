@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-SIZES = ("start", "S", "w", "B", "H", "T", "P", "Q")
+SIZES = ("row_stride", "start", "S", "w", "B", "H", "T", "P", "Q")
 """Arguments whose value must not make a kernel compile again."""
 
 
@@ -47,6 +47,7 @@ def gather_kernel(
     BT: tl.constexpr,
     HAS_MAP: tl.constexpr,
     HAS_HELD: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Slots filled from the call's x, or from the last P of `held [B, Q, H, E]`'s first; 0 else.
 
@@ -56,7 +57,10 @@ def gather_kernel(
     h = tl.program_id(1)
     e = tl.arange(0, BE)[None, :]
     t, real = t[:, None], there[:, None] & (e < E)
-    place = b * row_stride + t * time_stride + h * head_stride + e
+    row = b * row_stride
+    if ALIGNED:
+        row = tl.multiple_of(row, 16)
+    place = row + t * time_stride + h * head_stride + e
     value = tl.load(x + place, mask=real & (t >= 0), other=0.0).to(out.dtype.element_ty)
     if HAS_HELD:
         before = ((b * Q + P + t) * H + h) * E + e
