@@ -84,7 +84,8 @@ CASES = {
         3, 5001, 5, 96, 96, 512, flags=("mask", "state", "documents", "momentum")
     ),
     "B2_T9000_D64_r2": Case(2, 9000, 8, 64, 160, 1024, blocks=2, flags=("prenorm",)),
-    "tiny": Case(1, 40, 2, 8, 8, 16, flags=("momentum", "muon")),
+    "tiny": Case(1, 40, 2, 8, 8, 16, flags=("momentum",)),
+    "tiny_muon": Case(1, 40, 2, 8, 8, 16, flags=("momentum", "muon")),
 }
 
 
@@ -278,7 +279,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--cases", nargs="+", choices=CASES, default=[c for c in CASES if c != "tiny"]
+        "--cases", nargs="+", choices=CASES, default=[c for c in CASES if "tiny" not in c]
     )
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
