@@ -35,7 +35,7 @@ class _Product(torch.autograd.Function):
         ctx.dtypes = a.dtype, b.dtype
         a, b = a.bfloat16(), b.bfloat16()
         ctx.save_for_backward(a, b)
-        return _multiply(a, b)
+        return wide_product(a, b)
 
     @staticmethod
     @once_differentiable
@@ -44,12 +44,12 @@ class _Product(torch.autograd.Function):
         grad, (of_a, of_b) = grad.bfloat16(), ctx.dtypes
         wanted = ctx.needs_input_grad
         return (
-            _multiply(grad, b.mT).to(of_a) if wanted[0] else None,
-            _multiply(a.mT, grad).to(of_b) if wanted[1] else None,
+            wide_product(grad, b.mT).to(of_a) if wanted[0] else None,
+            wide_product(a.mT, grad).to(of_b) if wanted[1] else None,
         )
 
 
-def _multiply(a: Tensor, b: Tensor) -> Tensor:
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """The float32 product of bfloat16 matrices; only CUDA has it as one operation."""
     if not a.is_cuda:
         return a.float() @ b.float()

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lightning_modules.ops.checks import select_backend
 from lightning_modules.ops.lact.checks import check_lact
 from lightning_modules.ops.lact.eager import eager_lact
+from lightning_modules.ops.lact.fused import triton_lact, triton_obstacle
 from lightning_modules.ops.lact.naive import naive_lact
 from lightning_modules.ops.states import LaCTState, TokensRead
+from lightning_modules.ops.triton_backend import dispatch
 
-BACKENDS = {"torch": eager_lact, "naive": naive_lact}
+BACKENDS = {"torch": eager_lact, "naive": naive_lact, "triton": triton_lact}
 
 __all__ = ["lact"]
 
@@ -90,20 +92,23 @@ def lact(
             with its mask and documents, and gets its outputs. State and weights are those of the
             whole rows, the same on all; the gradient of each is the sum over the processes
             (see `ops.processes`).
-        backend: "torch" (fast), "naive" (a loop over tokens that defines the result), or "auto"
-            (the fastest there is).
+        backend: "torch" (matrix products in float32), "triton" (products in the dtype of q, and
+            kernels for CUDA between them; without a group and rates per channel), "naive" (a loop
+            over tokens that defines the result), or "auto": "triton" on a GPU where it can, else
+            "torch"; a line in the log says why, once.
 
     Returns:
         Outputs `[B, T, H, D]` in the dtype of q, and the state after the last token. Weights and
-        state are float32 (float64 if q is), whatever autocast says. The state keeps its autograd
-        graph: detach it where backpropagation through time is to stop.
+        state are float32 (float64 if q is), whatever autocast says; so is the arithmetic, but for
+        the factors of products, which "triton" takes in bfloat16 if q is. The state keeps its
+        autograd graph: detach it where backpropagation through time is to stop.
 
     Raises:
-        ValueError: if shapes, dtypes or options do not fit together, or the state comes from a
-            call with other options.
+        ValueError: if shapes, dtypes or options do not fit together, or not the backend, or the
+            state comes from a call with other options.
         TypeError: if the state is of another op.
+        RuntimeError: backend "triton" without a GPU, or without triton.
     """
-    run = select_backend("lact", backend, BACKENDS)
     options: dict[str, Any] = {
         "chunk_size": chunk_size,
         "momentum": momentum,
@@ -121,4 +126,5 @@ def lact(
         "group": group,
     }
     check_lact(q, k, v, lr, w0, w1, w2, **options)
+    run = dispatch("lact", backend, BACKENDS, q, partial(triton_obstacle, lr, group))
     return run(q, k, v, lr, w0, w1, w2, **options)

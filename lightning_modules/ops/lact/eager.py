@@ -73,7 +73,7 @@ def _run(
         learned = memory = learned_memory((w0, w1, w2), dtype, momentum is not None, prenorm)
         held = None
         if state is not None and layout.carries:
-            memory, held = carried_memory(state, learned), _held(state, len(tokens))
+            memory, held = carried_memory(state, learned), held_tokens(state, len(tokens))
             if layout.fresh is not None:
                 memory = choose(layout.fresh, learned, memory)
         steps = layout.steps(q, tokens, held)
@@ -91,7 +91,7 @@ def _run(
         before = [None] * len(tokens) if held is None else held
         fields = state_fields(memory, learned, q.shape[0])
         fields += [layout.pending(x, y, dtype) for x, y in zip(tokens, before, strict=True)]
-        new = _state(fields, layout.counts, lr.shape[3:], blank=mask is not None)
+        new = new_state(fields, layout.counts, lr.shape[3:], blank=mask is not None)
     return o, new
 
 
@@ -112,13 +112,13 @@ def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
-def _held(state: LaCTState, count: int) -> list[Tensor]:
+def held_tokens(state: LaCTState, count: int) -> list[Tensor]:
     """The tokens that a state left pending, `[B, C, H, E]` each, in the order of the call's."""
     lr, momentum = state.pending_lr.flatten(3), state.pending_momentum.unsqueeze(-1)
     return [state.pending_k, state.pending_v, lr, momentum][:count]
 
 
-def _state(fields: list[Tensor], counts: Counts, rates: torch.Size, blank: bool) -> LaCTState:
+def new_state(fields: list[Tensor], counts: Counts, rates: torch.Size, blank: bool) -> LaCTState:
     """The state of these real-valued fields; zero in rows that have seen nothing, if blank."""
     *weights, k, v, lr = fields[:15]
     momentum = fields[15] if len(fields) > 15 else k[:, :0, :, :1]

@@ -81,11 +81,15 @@ class Even(NamedTuple):
             writes[1:] = list(zip(*chunks, strict=True))[:-1]
         return [Step(None, w, None, chunk) for w, chunk in zip(writes, queries, strict=True)]
 
-    def _cut(self, x: Tensor) -> list[Tensor]:
+    @property
+    def widths(self) -> list[int]:
+        """Tokens that each chunk reads."""
         first = min(self.size - self.ahead, self.time)
         full, rest = divmod(self.time - first, self.size)
-        widths = [first] + [self.size] * full + [rest] * (rest > 0)
-        return [part.permute(2, 0, 1, 3) for part in x.split(widths, dim=1)]
+        return [first] + [self.size] * full + [rest] * (rest > 0)
+
+    def _cut(self, x: Tensor) -> list[Tensor]:
+        return [part.permute(2, 0, 1, 3) for part in x.split(self.widths, dim=1)]
 
     def join(self, chunks: list[Tensor]) -> Tensor:
         """The outputs of the steps as `[B, T, H, D]`."""
