@@ -123,6 +123,8 @@ def test_a_run_predicts_what_the_docs_say_and_its_export_works_as_its_card_says(
     assert "Not recorded" not in card and "class_path: lightning_modules" in card
     if name not in ("quickstart", "lact_recall"):
         assert "content_hash" in card and "are not in the checkpoint" not in card
+    if name == "lact_small":
+        _check_that_the_mean_of_predictions_is_the_loss(run_cli, options, path, file)
     capsys.readouterr()
     monkeypatch.chdir(tmp_path / "out")
     torch.manual_seed(0)
@@ -130,3 +132,16 @@ def test_a_run_predicts_what_the_docs_say_and_its_export_works_as_its_card_says(
     printed = capsys.readouterr().out
     wanted = {"lact_small": "The ", "memory_smollm2": "Hello!", "quickstart": "tensor(["}
     assert wanted.get(name, "tensor([[") in printed
+
+
+def _check_that_the_mean_of_predictions_is_the_loss(
+    run_cli: Any, options: list[str], path: Path, file: Path
+) -> None:
+    everything = ["--ckpt_path", str(path), "--trainer.limit_val_batches", "1.0"]
+    assert run_cli("validate", *options, *everything).code == 0
+    events = EventAccumulator(str(file.parents[1] / "version_2")).Reload()
+    rows = pq.read_table(file).to_pylist()
+    total = sum(row["loss"] * row["labels"] for row in rows)
+    mean = total / sum(row["labels"] for row in rows)
+    # float32 sums in another order
+    assert mean == pytest.approx(events.Scalars("val/loss")[-1].value, rel=1e-5)
