@@ -120,6 +120,7 @@ class Card:
         return f"`{name}`, whose frozen weights are not here; fingerprint `{fingerprint}`"
 
     def _load(self) -> str:
+        layout = self.about["layout"]
         parts = [
             "With torch, transformers"
             + (" and peft" if self._needs_peft else "")
@@ -127,7 +128,8 @@ class Card:
             f"```python\n{self._loading}```",
         ]
         if (other := without_us(self.about)) is not None:
-            parts += ["The same model, without a check of its base:", f"```python\n{other}```"]
+            by = "peft, which does not check the base" if layout == "peft" else "its own class"
+            parts += [f"The same model, by {by}:", f"```python\n{other}```"]
         return "\n\n".join(parts)
 
     @property
