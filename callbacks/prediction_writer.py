@@ -1,10 +1,11 @@
-"""What `predict` computes, in a parquet file."""
+"""What `predict` computes, in a parquet file or as lines of JSON."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import pyarrow as pa
@@ -12,6 +13,27 @@ import pyarrow.parquet as pq
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+
+
+class _Writer(Protocol):
+    """What of a `ParquetWriter` is needed."""
+
+    def write_table(self, table: pa.Table) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _LinesWriter:
+    """A JSON object per row; numbers that JSON does not know are written as NaN and Infinity."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", encoding="utf-8")
+
+    def write_table(self, table: pa.Table) -> None:
+        self._file.writelines(f"{json.dumps(row)}\n" for row in table.to_pylist())
+
+    def close(self) -> None:
+        self._file.close()
 
 
 # Not Lightning's BasePredictionWriter: that one needs the indices of its own kind of sampler.
@@ -24,17 +46,22 @@ class PredictionWriter(Callback):
     several processes each writes its own, `predictions-00001-of-00004.parquet`.
 
     Args:
-        path: the file, which replaces an earlier one; None is `predictions.parquet` in the
-            directory of the logger.
+        path: the file, which replaces an earlier one: parquet, or a JSON object per line where it
+            ends in `.jsonl`; None is `predictions.parquet` in the directory of the logger.
 
     Raises:
         TypeError: `predict_step` returns something else.
+        ValueError: a path with another ending.
     """
 
     def __init__(self, path: str | None = None) -> None:
+        if path is not None and Path(path).suffix not in (".parquet", ".jsonl"):
+            raise ValueError(
+                f"path={path!r} must end in .parquet or .jsonl: the ending chooses the format"
+            )
         self.path = path
         self._target = Path()
-        self._writer: pq.ParquetWriter | None = None
+        self._writer: _Writer | None = None
         self._rows = 0
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -56,7 +83,7 @@ class PredictionWriter(Callback):
         table = to_table(outputs)
         if self._writer is None:
             self._target.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = pq.ParquetWriter(self._temporary, table.schema)
+            self._writer = self._open(table.schema)
         self._writer.write_table(table)
         self._rows += len(table)
 
@@ -73,6 +100,11 @@ class PredictionWriter(Callback):
         if self._writer is not None:
             self._close()
             self._temporary.unlink()
+
+    def _open(self, schema: pa.Schema) -> _Writer:
+        if self._target.suffix == ".jsonl":
+            return _LinesWriter(self._temporary)
+        return pq.ParquetWriter(self._temporary, schema)
 
     @property
     def _temporary(self) -> Path:

@@ -120,15 +120,22 @@ class Card:
         return f"`{name}`, whose frozen weights are not here; fingerprint `{fingerprint}`"
 
     def _load(self) -> str:
+        layout = self.about["layout"]
         parts = [
             "With torch, transformers"
-            + (" and peft" if self.about["layout"] in ("peft", "adapters", "memory") else "")
+            + (" and peft" if self._needs_peft else "")
             + " and the package fast-weights (lightning is not needed), in this folder:",
             f"```python\n{self._loading}```",
         ]
         if (other := without_us(self.about)) is not None:
-            parts += ["The same model, without a check of its base:", f"```python\n{other}```"]
+            by = "peft, which does not check the base" if layout == "peft" else "its own class"
+            parts += [f"The same model, by {by}:", f"```python\n{other}```"]
         return "\n\n".join(parts)
+
+    @property
+    def _needs_peft(self) -> bool:
+        layout = self.about["layout"]
+        return layout in ("peft", "adapters") or getattr(self.module, "arm", None) == "both"
 
     @property
     def _loading(self) -> str:
@@ -151,7 +158,11 @@ class Card:
         rows.pop("tokenizer_folder", None)  # a path of the machine that trained
         for name, value in self.module.features.items():
             rows.setdefault(name, f"`{value}`")
-        note = "" if self.origin.data else "Source and size were not recorded.\n\n"
+        note = (
+            ""
+            if self.origin.data
+            else "The checkpoint does not hold its source and size; the options below do.\n\n"
+        )
         return f"{note}{_table(('', ''), rows.items())}\n\n{self._tokenizer()}"
 
     def _tokenizer(self) -> str:

@@ -69,7 +69,8 @@ class Origin:
         if self.run is not None:
             shutil.copyfile(self.run / CONFIG, folder / CONFIG)
         source = Path(self.data.get("tokenizer_folder", ""))
-        files = list(source.glob("*")) if "tokenizer_folder" in self.data else []
+        known = "tokenizer_folder" in self.data
+        files = [file for file in source.glob("*") if file.is_file()] if known else []
         for file in files:
             shutil.copyfile(file, folder / file.name)
         return bool(files)

@@ -79,8 +79,13 @@ def _text(features: Mapping[str, Any], tokenizer: bool) -> _Text:
     if kind is None or kind in CODES or (kind == "bpe" and not tokenizer):
         return _Text(f"[{first}1, 2, 3]", "out")
     where = "." if tokenizer else kind
+    prompt = f'[{first}*tokenizer.encode("The ", add_special_tokens=False)]'
+    if features["mode"] == "chat":
+        turns = '[{"role": "user", "content": "Hello!"}]'
+        call = f"tokenizer.apply_chat_template({turns}, add_generation_prompt=True)"
+        prompt = f'{call}["input_ids"]'
     return _Text(
-        f'[{first}*tokenizer.encode("The ", add_special_tokens=False)]',
+        prompt,
         "tokenizer.decode(out[0])",
         "from transformers import AutoTokenizer\n\n",
         f'tokenizer = AutoTokenizer.from_pretrained("{where}")\n',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,17 @@ def test_a_given_path_is_used_and_its_file_replaced(tmp_path: Path) -> None:
         predict(tmp_path, PredictingModule(), PredictionWriter(str(path)))
     assert [p.name for p in path.parent.iterdir()] == ["mine.parquet"]
     assert len(pq.read_table(path)) == sum(LENGTHS)
+
+
+def test_lines_of_json_hold_the_rows_of_the_parquet_file(tmp_path: Path) -> None:
+    for name in ("a.parquet", "a.jsonl"):
+        predict(tmp_path, PredictingModule(), PredictionWriter(str(tmp_path / name)))
+    lines = (tmp_path / "a.jsonl").read_text().splitlines()
+    # float32 to decimal digits and back is exact.
+    assert [json.loads(line) for line in lines] == pq.read_table(tmp_path / "a.parquet").to_pylist()
+    assert len(lines) == sum(LENGTHS) and len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(ValueError, match=r"'a.csv' must end in .parquet or .jsonl"):
+        PredictionWriter("a.csv")
 
 
 @pytest.mark.parametrize("fail_at", [0, 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import lightning_modules.export.weights as weights
 from lightning_modules.export.__main__ import main
+from lightning_modules.export.snippets import loading
 from lightning_modules.lact import LaCTModule
 from lightning_modules.models.export_files import ABOUT
 from lightning_modules.models.exported import load_language_model
@@ -132,6 +134,23 @@ def test_what_cannot_be_exported_is_an_error_and_leaves_no_folder(
     (out / "mine").write_text("kept")
     assert "is not empty: save the export into a new folder" in fails(capsys, path, out)
     assert files(out) == {"mine"}
+
+
+def test_the_docs_show_the_cards_code() -> None:
+    docs = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    shown = docs.split("```python\n")[1].split("```")[0]
+    card = loading({"layout": "model"}, FEATURES, tokenizer=False)
+    without = [re.sub(r"  #.*", "", code.replace('"."', '"exported"')) for code in (shown, card)]
+    assert without[0] == without[1]
+
+
+def test_a_card_names_a_hub_base_and_uses_the_runs_tokenizer() -> None:
+    about = {"layout": "model"}
+    text = {**FEATURES, "tokenizer": "org/model", "bos_id": None}
+    assert 'from_pretrained("org/model")' in loading(about, text, tokenizer=False)
+    assert 'from_pretrained(".")' in loading(about, text, tokenizer=True)
+    assert "[1, 2, 3]" in loading(about, {**FEATURES, "tokenizer": "bpe", "bos_id": None}, False)
+    assert "apply_chat_template" in loading(about, {**text, "mode": "chat"}, tokenizer=True)
 
 
 def test_an_export_of_another_version_or_none_is_refused(tmp_path: Path) -> None:

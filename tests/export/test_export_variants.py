@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from export_cases import CASES, save, trained
 from export_readings import BY_POLICY, act, read
 from safetensors import safe_open
@@ -140,8 +140,9 @@ def test_frozen_weights_of_a_base_are_not_in_the_export(expected: dict[str, Any]
 def test_cards_say_what_was_trained_on_what(expected: dict[str, Any]) -> None:
     for name in CASES:
         card = (expected["folder"] / name / "README.md").read_text()
-        head = card.split("---\n")[1]
-        assert re.search(r'^library_name: "(transformers|peft|fast-weights)"$', head, re.M)
+        head = yaml.safe_load(card.split("---\n")[1])
+        assert head["library_name"] in ("transformers", "peft", "fast-weights")
+        assert head["pipeline_tag"] == ("robotics" if name in BY_POLICY else "text-generation")
         assert "license" not in head, "the user's to choose"
         for title in ("What it is", "Load it", "Parameters", "Data", "Metrics", "Versions"):
             assert f"\n## {title}\n" in card

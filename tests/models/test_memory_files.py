@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lightning_modules.layers.memory_bank import QuantizedBank
+from lightning_modules.models.frozen import fingerprint
 from lightning_modules.models.memory import inject_memory, memory_layers, remove_memory
 from lightning_modules.models.memory_files import (
     export_banks,
@@ -87,6 +88,17 @@ def test_a_memory_does_not_go_into_other_weights(tmp_path: Path) -> None:
     assert not memory_layers(other)
     with pytest.raises(ValueError, match="trained in other weights"):
         load_memory(build_model("qwen3").double(), tmp_path / "saved")
+
+
+def test_a_memory_that_names_its_base_in_the_older_way_is_read(tmp_path: Path) -> None:
+    save_memory(memory_model(), tmp_path / "saved")
+    file, base = tmp_path / "saved" / "memory.json", build_model("llama").double()
+    stored = json.loads(file.read_text())
+    older = fingerprint(base.named_parameters())
+    assert stored["base"] not in (older, None)
+    file.write_text(json.dumps({**stored, "base": older}))
+    load_memory(base, tmp_path / "saved")
+    assert torch.equal(logits(base, tokens(2, 9)), logits(memory_model(), tokens(2, 9)))
 
 
 def test_a_bank_of_another_shape_is_refused(tmp_path: Path) -> None:
