@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_modules.adapters.base import BASE
 from lightning_modules.adapters.inject import parameter_group
-from lightning_modules.models.frozen import fingerprint
+from lightning_modules.adapters.fingerprint import fingerprint
 
 WRAPPERS = frozenset(
     {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", BASE, "base_layer"}
@@ -25,7 +25,7 @@ class Weights:
     a LightningModule, its model, a `PeftModel`, DDP or a compiled model around that have the same
     weights. Whether a parameter is trained does not matter, so training and inference agree.
     Buffers do not count. Of a tensor the hash takes shape and about 64 values, spread out
-    (`models.frozen.fingerprint`), as float32: other dtypes agree if their values do.
+    (`adapters.fingerprint`), as float32: other dtypes agree if their values do.
 
     Args:
         digests: canonical name -> hash.

@@ -47,7 +47,7 @@ def save_peft(model: nn.Module, folder: Path, name: str = "default") -> None:
     """
     from peft import get_peft_model_state_dict
 
-    from lightning_modules.models.base_weights import base_fingerprint
+    from lightning_modules.adapters.base_weights import base_fingerprint
 
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     tensors = {

@@ -31,7 +31,7 @@ from lightning_modules.models.backbone import (
     with_unseen_observation,
     write_mask,
 )
-from lightning_modules.models.frozen import fingerprint
+from lightning_modules.adapters.fingerprint import fingerprint
 from lightning_modules.models.pi0_cache import PrefixCache, PrefixRecorder
 from lightning_modules.models.pi0_inputs import PI0Inputs, load_processor
 from lightning_modules.models.pi0_options import PI0Options

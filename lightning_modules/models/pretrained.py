@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lightning_modules.models.base_weights import base_fingerprint
-from lightning_modules.models.frozen import fingerprint
+from lightning_modules.adapters.base_weights import base_fingerprint
+from lightning_modules.adapters.fingerprint import fingerprint
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from lightning_modules.adapters.ttt_lora.layer import (
 )
 from lightning_modules.adapters.ttt_lora.siblings import families, matched_sizes, plain_path
 from lightning_modules.layers.in_place_mlp import InPlaceMLP
-from lightning_modules.models.base_weights import adapter_parts
+from lightning_modules.adapters.base_weights import adapter_parts
 
 CELLS = TTTLoraLayer.adapter_layer_names[0]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_modules.adapters.base import BASE, BaseAttentionAdapter
 from lightning_modules.layers.in_place_mlp import InPlaceMLP
-from lightning_modules.models.frozen import fingerprint
+from lightning_modules.adapters.fingerprint import fingerprint
 
 PEFT_BASE = "base_layer"
 """Where peft's layers keep what they wrap."""
