@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from lightning_modules.adapters.base import BASE, BaseAttentionAdapter
-from lightning_modules.layers.in_place_mlp import InPlaceMLP
 from lightning_modules.adapters.fingerprint import fingerprint
+from lightning_modules.layers.in_place_mlp import InPlaceMLP
 
 PEFT_BASE = "base_layer"
 """Where peft's layers keep what they wrap."""

@@ -7,11 +7,11 @@ from typing import Any
 
 from lightning_modules.action_expert import ActionExpertModule
 from lightning_modules.adapters import base_state_dict, store_plan
+from lightning_modules.adapters.base_weights import base_fingerprint
 from lightning_modules.lact import LaCTModule
 from lightning_modules.language import LanguageModule
 from lightning_modules.memory_bank import MemoryBankModule
 from lightning_modules.models.adapter_files import PEFT_FOLDERS, save_adapters
-from lightning_modules.adapters.base_weights import base_fingerprint
 from lightning_modules.models.exported import save_attention_adapters
 from lightning_modules.models.exported_expert import save_expert
 from lightning_modules.models.memory_files import save_memory

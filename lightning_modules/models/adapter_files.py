@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_modules.adapters.registry import as_config
 from lightning_modules.adapters.base_weights import base_fingerprint
+from lightning_modules.adapters.registry import as_config
 from lightning_modules.models.folders import new_folder
 from lightning_modules.models.in_place import InPlaceOptions, inject_in_place
 from lightning_modules.models.peft_files import WRAPPER, load_peft, save_peft

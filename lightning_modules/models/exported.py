@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_modules.adapters import inject_adapters, parameter_group, read_plan
+from lightning_modules.adapters.base_weights import base_fingerprint
 from lightning_modules.models import lact  # noqa: F401  tells transformers about LaCT models
 from lightning_modules.models.adapter_files import load_adapters
-from lightning_modules.adapters.base_weights import base_fingerprint
 from lightning_modules.models.export_files import ADAPTERS, read_about
 from lightning_modules.models.memory_files import load_memory
 from lightning_modules.models.peft_files import load_peft

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lightning_modules.adapters.base import BASE
-from lightning_modules.adapters.inject import parameter_group
 from lightning_modules.adapters.fingerprint import fingerprint
+from lightning_modules.adapters.inject import parameter_group
 
 WRAPPERS = frozenset(
     {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", BASE, "base_layer"}

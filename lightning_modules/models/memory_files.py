@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_modules.adapters.base_weights import base_fingerprint
+from lightning_modules.adapters.fingerprint import fingerprint
 from lightning_modules.adapters.registry import as_config
 from lightning_modules.layers.memory_bank import QuantizedBank
-from lightning_modules.adapters.base_weights import base_fingerprint
 from lightning_modules.models.folders import new_folder
-from lightning_modules.adapters.fingerprint import fingerprint
 from lightning_modules.models.memory import BANKS, inject_memory, memory_layers
 from lightning_modules.models.memory_options import MemoryOptions
 from lightning_modules.models.peft_files import PEFT_WEIGHTS, WRAPPER, load_peft, save_peft

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PI0Config, PI0ForConditionalGeneration
 
 from lightning_modules.adapters import BaseAttentionAdapter
+from lightning_modules.adapters.fingerprint import fingerprint
 from lightning_modules.layers.adarms import AdaRMSNorm
 from lightning_modules.layers.decoder import AdaptiveDecoderLayer
 from lightning_modules.layers.time_embedding import TimeMLP
@@ -31,7 +32,6 @@ from lightning_modules.models.backbone import (
     with_unseen_observation,
     write_mask,
 )
-from lightning_modules.adapters.fingerprint import fingerprint
 from lightning_modules.models.pi0_cache import PrefixCache, PrefixRecorder
 from lightning_modules.models.pi0_inputs import PI0Inputs, load_processor
 from lightning_modules.models.pi0_options import PI0Options

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lightning_modules.export.weights as weights
+from lightning_modules.adapters.fingerprint import fingerprint
 from lightning_modules.export.__main__ import main
 from lightning_modules.export.snippets import loading
 from lightning_modules.lact import LaCTModule
 from lightning_modules.models.export_files import ABOUT
 from lightning_modules.models.exported import load_language_model
-from lightning_modules.adapters.fingerprint import fingerprint
 from lightning_modules.policy import ActionExpertPolicy
 from lightning_modules.ttt_lora import TTTLoRAModule
 

@@ -11,8 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lightning_modules.layers.memory_bank import QuantizedBank
 from lightning_modules.adapters.fingerprint import fingerprint
+from lightning_modules.layers.memory_bank import QuantizedBank
 from lightning_modules.models.memory import inject_memory, memory_layers, remove_memory
 from lightning_modules.models.memory_files import (
     export_banks,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from lightning_modules.adapters.ttt_lora.config import TTTLoraConfig
 from lightning_modules.adapters.base_weights import base_fingerprint
+from lightning_modules.adapters.ttt_lora.config import TTTLoraConfig
 
 
 def check_base(config: TTTLoraConfig, model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import (
 )
 from torch import nn
 
+from lightning_modules.adapters.base_weights import adapter_parts
 from lightning_modules.adapters.deep_context import connect, disconnect
 from lightning_modules.adapters.ttt_lora.base import check_base
 from lightning_modules.adapters.ttt_lora.config import TTTLoraConfig
@@ -26,7 +27,6 @@ from lightning_modules.adapters.ttt_lora.layer import (
 )
 from lightning_modules.adapters.ttt_lora.siblings import families, matched_sizes, plain_path
 from lightning_modules.layers.in_place_mlp import InPlaceMLP
-from lightning_modules.adapters.base_weights import adapter_parts
 
 CELLS = TTTLoraLayer.adapter_layer_names[0]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
