@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.ops.lact import stack
-from lightning_modules.ops.lact.chain import (
+from lightning_modules.ops.lact.call import (
     Call,
     Inputs,
     Versions,

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lightning_modules.ops.lact.block import Triple
-from lightning_modules.ops.lact.chain import Call, Chain
+from lightning_modules.ops.lact.call import Call
+from lightning_modules.ops.lact.chain import Chain
 from lightning_modules.ops.lact.eager import held_tokens, new_state
 from lightning_modules.ops.lact.layout import Even, Uneven
 from lightning_modules.ops.lact.memory import (
