@@ -97,10 +97,20 @@ class LanguageModule(SizedModule):
         self.check(features)
         self.features = dict(features)
         self.model = self.build_model(features)
+        if getattr(self, "pretrained", None) is None:
+            self._end_as_documents_do()
         if self.streams.group is not None:
             self.share_rows(self.streams.group)
         if self.compile_model:
             self.model.compile()
+
+    def _end_as_documents_do(self) -> None:
+        """Let `generate` stop at the data's end of a document, not at a configuration's default."""
+        assert self.model is not None
+        ends = getattr(self.model, "generation_config", None)
+        if ends is not None:
+            for name in ("bos", "eos", "pad"):
+                setattr(ends, f"{name}_token_id", self.features.get(f"{name}_id"))
 
     def logits(self, chunk: Chunk, fast_state: FastState) -> Tensor:
         """Scores of the next token at every position, `[B, T, vocabulary]`."""

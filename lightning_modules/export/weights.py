@@ -40,8 +40,6 @@ def save_weights(module: SizedModule, folder: Path) -> dict[str, Any]:
     if isinstance(module, ActionExpertModule):
         return save_expert(module, folder)
     assert isinstance(module, LanguageModule)
-    if module.pretrained is None:
-        _set_ends(module)
     base = _reference(module)
     return {"base": base, **_save_language(module, folder, owns_base=base is None)}
 
@@ -94,11 +92,3 @@ def _reference(module: LanguageModule) -> dict[str, Any] | None:
         "dtype": options.dtype,
         "fingerprint": base_fingerprint(module.model),
     }
-
-
-def _set_ends(module: LanguageModule) -> None:
-    """Let `generate()` stop where the data's documents end: configurations have their own ids."""
-    ends = module.model.generation_config
-    ends.bos_token_id = module.features.get("bos_id")
-    ends.eos_token_id = module.features.get("eos_id")
-    ends.pad_token_id = module.features.get("pad_id")

@@ -48,8 +48,8 @@ def test_an_exported_model_equals_the_module_and_a_changed_weight_does_not(
     }  # fmt: skip
     model = load_language_model(out)
     assert torch.equal(read(model), read(module.model))
-    ends = model.generation_config
-    assert (ends.bos_token_id, ends.eos_token_id, ends.pad_token_id) == (256, 257, 258)
+    for ends in (module.model.generation_config, model.generation_config):
+        assert (ends.bos_token_id, ends.eos_token_id, ends.pad_token_id) == (256, 257, 258)
     stored = load_file(out / "model.safetensors")
     stored["model.norm.weight"][0] += 1
     save_file(stored, out / "model.safetensors", {"format": "pt"})
