@@ -124,10 +124,10 @@ def test_what_cannot_be_exported_is_an_error_and_leaves_no_folder(
     assert "has all of its weights" in fails(capsys, path, out, "--pretrained", "x")
     assert not [p for p in tmp_path.iterdir() if "out" in p.name], "nothing, and no leftovers"
 
-    def broken(*args: object) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(weights, "_set_ends", broken)
+    monkeypatch.setattr(weights, "_save_language", broken)
     assert fails(capsys, path, out) == "error: disk full"
     assert not [p for p in tmp_path.iterdir() if "out" in p.name]
     out.mkdir()
