@@ -61,7 +61,7 @@ class ActionExpertModule(SizedModule):
     Sizes and normalisation statistics come from the DataModule and are stored in the checkpoint.
 
     Args:
-        optimizer: e.g. `{class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}`.
+        optimizer: class and options, e.g. `{class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}`.
         backbone: `state` trains a small transformer over the state vector from scratch, `pi0` goes
             on from a pretrained vision-language-action model.
         expert: size of the transformer of `state`.
@@ -93,6 +93,7 @@ class ActionExpertModule(SizedModule):
     """
 
     DATA_MODULES = ("ActionChunkDataModule", "RecordedSimulation")
+    NEEDS = "action_dim"
 
     def __init__(
         self,
@@ -158,6 +159,8 @@ class ActionExpertModule(SizedModule):
     def check(self, features: Mapping[str, Any]) -> list[AdapterSpec]:
         """Make sure that options and data fit; returns one line per layer with an adapter."""
         horizon, stride = features["horizon"], features["stride"]
+        if min(self.denoise_steps, self.execution_horizon) < 1:
+            raise ValueError("denoise_steps and execution_horizon must be at least 1")
         if self.execution_horizon > horizon:
             raise ValueError(
                 f"execution_horizon={self.execution_horizon} exceeds the data's horizon {horizon}"

@@ -37,7 +37,7 @@ class LanguageModule(SizedModule):
     the last one of the chunk before. A subclass builds the model for the DataModule's features.
 
     Args:
-        optimizer: e.g. `{class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}`.
+        optimizer: class and options, e.g. `{class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}`.
         fast_state: `carry` goes on from chunk to chunk of a file, `reset` starts every chunk
             afresh.
         compile_model: run the model through `torch.compile`, in place.
@@ -46,6 +46,7 @@ class LanguageModule(SizedModule):
     """
 
     DATA_MODULES = ("TextStreamDataModule", "RecallDataModule")
+    NEEDS = "vocab_size"
 
     def __init__(
         self,
