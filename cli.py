@@ -40,8 +40,8 @@ options:
   --print_config=comments                       print all keys, explained, and stop
   --model.help NAME, --data.help NAME           the keys of one class, by its short name
 
-Config files are looked up from here, then beside cli.py. More: python cli.py fit --help, docs/cli.md,
-docs/config_reference.md (every key), docs/walkthrough_*.md (each model step by step).
+Config files are looked up from here, then beside cli.py. More: python cli.py fit --help,
+docs/cli.md, docs/config_reference.md (every key), docs/walkthrough_*.md (step by step).
 """
 
 
@@ -83,6 +83,7 @@ def _run(args: list[str] | None) -> None:
     import callbacks
     import datamodules
     import lightning_modules
+    from callbacks.next_steps import next_steps
     from lightning_modules.base import AdapterModule
     from lightning_modules.config_parser import ConfigParser
     from lightning_modules.quiet import leave_out_noise
@@ -94,6 +95,10 @@ def _run(args: list[str] | None) -> None:
     leave_out_noise()
 
     class CommandLine(LightningCLI):
+        def after_fit(self) -> None:
+            if self.trainer.is_global_zero:  # type: ignore[attr-defined]
+                print(*next_steps(self.trainer), sep="\n")
+
         def before_validate(self) -> None:
             self._say_whose_weights("validate")
 

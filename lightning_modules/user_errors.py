@@ -24,8 +24,8 @@ _ELSEWHERE: list[tuple[type[BaseException], str, str]] = [
     ),
     (
         RuntimeError,
-        r"PytorchStreamReader failed.*",
-        "the checkpoint that --ckpt_path names is damaged or not complete ({0}): use another one",
+        r"PytorchStreamReader failed",
+        "the checkpoint that --ckpt_path names is damaged or not complete: use another one",
     ),
     (
         RuntimeError,

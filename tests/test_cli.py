@@ -88,6 +88,22 @@ def test_saved_config_runs_again_and_is_overwritten(fit, tmp_path) -> None:
     assert yaml.safe_load(saved.read_text())["seed_everything"] == 0
 
 
+def test_fit_ends_with_a_command_that_runs(fit, run_cli, tmp_path) -> None:
+    logger = ("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", str(tmp_path))
+    saving = ("--trainer.enable_checkpointing", "true", "--trainer.callbacks+=ModelCheckpoint")
+    result = fit(*logger, *saving, "--trainer.callbacks.save_last", "true")
+    run = "lightning_logs/version_0"
+    assert f"last checkpoint: {run}/checkpoints/last.ckpt" in result.out.splitlines()
+    command = f"test --config {run}/config.yaml --ckpt_path {run}/checkpoints/last.ckpt"
+    assert f"next: python cli.py {command}" == result.out.splitlines()[-1]
+    tested = run_cli(*command.split())
+    assert tested.code == 0, tested.err
+
+
+def test_fit_without_logger_and_checkpoint_promises_nothing(fit) -> None:
+    assert "next:" not in fit().out
+
+
 def test_option_wins_over_config(printed) -> None:
     config = printed(
         "--model.horizon", "9", "--model.expert.memory.size=5", "--model.optimizer.lr=2"
