@@ -7,6 +7,7 @@ import gc
 import sys
 
 COMMANDS = ("fit", "validate", "test", "predict")
+COMPLETION = "--print_completion="  # jsonargparse writes it with shtab, see docs/cli.md
 HELP = """\
 fast-weights: transformers with a memory that learns while it reads, on PyTorch Lightning.
 
@@ -55,12 +56,17 @@ def main(args: list[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")
         return
-    if arguments[0] not in COMMANDS:
+    completion = arguments[0].startswith(COMPLETION)
+    if arguments[0] not in COMMANDS and not completion:
         close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
         way_out = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(COMMANDS)}"
         print(f"error: unknown command '{arguments[0]}'; {way_out}", file=sys.stderr)
         sys.exit(2)
     try:
+        if completion:
+            from jsonargparse import set_parsing_settings
+
+            set_parsing_settings(add_print_completion_argument=True)
         _run(args)
         return
     except Exception as error:

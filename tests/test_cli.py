@@ -173,3 +173,13 @@ def test_cli_runs_as_a_script_from_another_directory(tmp_path) -> None:
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: unknown key 'model.init_args.horizn'")
+
+
+@pytest.mark.slow
+def test_completion_for_bash_knows_commands_and_options() -> None:
+    pytest.importorskip("shtab", reason="shtab writes it: pip install shtab")
+    code = [sys.executable, str(ROOT / "cli.py"), "--print_completion=shtab-bash"]
+    done = subprocess.run(code, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "_subparsers=(fit validate test predict)" in done.stdout
+    assert "--trainer.max_steps" in done.stdout
