@@ -21,6 +21,7 @@ install: .venv/installed
 quickstart: .venv/installed
 	@echo "Recording FetchReach, training a TTT-gated action expert on it, evaluating before and after."
 	$(BIN)/python cli.py fit --config configs/quickstart.yaml
+	@echo "Trained. The commands below 'run:' are for $(BIN)/python and $(BIN)/tensorboard; other models: $(BIN)/python cli.py --help"
 
 test: .venv/installed
 	@echo "Running the tests that are not slow in $(JOBS) processes (<= 5 minutes)."

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import sys
-import traceback
-from pathlib import Path
 
 COMMANDS = ("fit", "validate", "test", "predict")
+COMPLETION = "--print_completion="  # jsonargparse writes it with shtab, see docs/cli.md
 HELP = """\
 fast-weights: transformers with a memory that learns while it reads, on PyTorch Lightning.
 
@@ -19,26 +19,30 @@ commands:
   test        loss on the test files
   predict     outputs for the test files, written to predictions.parquet
 
-models (--model NAME):
-  ActionExpertModule    flow-matching action expert whose attention layers are followed by
-                        test-time-training layers behind dual gates
-  LaCTModule            language model whose memory learns in large chunks, from scratch or
-                        beside the attention of a pretrained one
-  MemoryBankModule      language model that reads a learned bank, whose chapters a causal router
-                        chooses, from scratch or inside a pretrained one (beside LoRA)
-  TTTLoRAModule         frozen language model with adapters that learn while they read a file:
-                        TTT-as-LoRA, In-Place TTT, or plain LoRA to compare with
+models, the data they read, and a config to begin with (minutes on a CPU):
+  ActionExpertModule   a robot's policy that remembers through an episode: test-time training
+                       after attention. Simulated or recorded episodes: configs/quickstart.yaml
+  LaCTModule           a language model whose memory is rewritten after each large chunk, from
+                       scratch or beside a pretrained one's attention. Text: configs/lact_small.yaml
+  MemoryBankModule     a language model that looks up a learned bank, in chapters that a router
+                       chooses. Text, conversations: configs/memory_small.yaml
+  TTTLoRAModule        a language model with adapters that learn from a file while reading it
+                       (TTT-as-LoRA, In-Place TTT; LoRA to compare with). Text, conversations,
+                       audio codes: configs/ttt_lora_small.yaml
 
-examples:
-  python cli.py fit --config configs/quickstart.yaml
-  python cli.py fit --config configs/quickstart.yaml --trainer.max_steps 50 --data.batch_size 4
-  python cli.py fit --config configs/lact_small.yaml  (or memory_small, ttt_lora_small)
-  python cli.py fit --config configs/quickstart.yaml --print_config
-  python cli.py fit --model.help ActionExpertModule
-  python cli.py fit --help
+from nothing to a result:
+  python cli.py fit --config configs/quickstart.yaml     train; writes runs/quickstart/version_0
+  tensorboard --logdir runs                              watch
+  python cli.py test --config configs/quickstart.yaml \\
+      --ckpt_path runs/quickstart/version_0/checkpoints/last.ckpt
 
-Every key of a config file is an option; options and later files win. Config files are looked up
-from the current directory, then beside cli.py. Classes go by their short name.
+options:
+  --trainer.max_steps 50 --data.batch_size 4    any key of a config; later files and options win
+  --print_config=comments                       print all keys, explained, and stop
+  --model.help NAME, --data.help NAME           the keys of one class, by its short name
+
+Config files are looked up from here, then beside cli.py. More: python cli.py fit --help,
+docs/cli.md, docs/config_reference.md (every key), docs/walkthrough_*.md (step by step).
 """
 
 
@@ -52,42 +56,55 @@ def main(args: list[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")
         return
-    if arguments[0] not in COMMANDS:
+    completion = arguments[0].startswith(COMPLETION)
+    if arguments[0] not in COMMANDS and not completion:
         close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
         way_out = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(COMMANDS)}"
         print(f"error: unknown command '{arguments[0]}'; {way_out}", file=sys.stderr)
         sys.exit(2)
     try:
+        if completion:
+            from jsonargparse import set_parsing_settings
+
+            set_parsing_settings(add_print_completion_argument=True)
         _run(args)
         return
     except Exception as error:
-        caught = _root_of(error)
-    if not _is_on_purpose(caught):
-        raise caught
-    message = caught.args[0] if isinstance(caught, KeyError) else caught
-    line = traceback.extract_tb(caught.__traceback__)[-1].lineno
-    print(f"raised at {_place(caught)}:{line}", file=sys.stderr)
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+        from lightning_modules.user_errors import answer, root_of
+
+        said, root = answer(error), root_of(error)
+    if said is None:
+        raise root
+    print(f"raised at {said.place}", file=sys.stderr)
+    print(f"error: {said.message}", file=sys.stderr)
     sys.exit(1)
 
 
 def _run(args: list[str] | None) -> None:
     """Build the LightningCLI and run the command (imports take seconds, so they are here)."""
+    gc.disable()  # a sixth of the imports' time would go into looking for garbage among classes
     from lightning.pytorch import LightningDataModule
     from lightning.pytorch.cli import LightningCLI
-    from lightning.pytorch.utilities import rank_zero_warn
 
     import callbacks
     import datamodules
     import lightning_modules
+    from callbacks.next_steps import next_steps
     from lightning_modules.base import AdapterModule
     from lightning_modules.config_parser import ConfigParser
+    from lightning_modules.quiet import leave_out_noise
 
     for package in (lightning_modules, datamodules):
         for name in package.__all__:
             getattr(package, name)  # classes resolve by short name once imported
+    gc.enable()
+    leave_out_noise()
 
     class CommandLine(LightningCLI):
+        def after_fit(self) -> None:
+            if self.trainer.is_global_zero:  # type: ignore[attr-defined]
+                print(*next_steps(self.trainer), sep="\n")
+
         def before_validate(self) -> None:
             self._say_whose_weights("validate")
 
@@ -103,10 +120,11 @@ def _run(args: list[str] | None) -> None:
                 trainer_callbacks.append(callbacks.PredictionWriter())
 
         def _say_whose_weights(self, command: str) -> None:
-            if self.config_init[command].ckpt_path is None:
-                rank_zero_warn(
-                    f"{command} without --ckpt_path uses the model as it is before training; "
-                    "for a trained one add --ckpt_path PATH"
+            if self.config_init[command].ckpt_path is None and self.trainer.is_global_zero:
+                print(
+                    f"note: {command} without --ckpt_path uses the model as it is before training; "
+                    "for a trained one add --ckpt_path PATH",
+                    file=sys.stderr,
                 )
 
     CommandLine(
@@ -129,39 +147,6 @@ def _run(args: list[str] | None) -> None:
         parser_class=ConfigParser,
         args=args,
     )
-
-
-def _root_of(error: Exception) -> BaseException:
-    """What a constructor raised; the parser wraps it once per member of a union."""
-    import jsonargparse
-
-    parser = Path(jsonargparse.__file__).parent
-    root: BaseException = error
-    while root.__cause__ is not None and _place(root).is_relative_to(parser):
-        root = root.__cause__
-    return error if _place(root).is_relative_to(parser) else root
-
-
-def _is_on_purpose(error: BaseException) -> bool:
-    """Whether a `raise` of this project or of Lightning's trainer rejects the user's input.
-
-    Such messages name the cause and the fix; a traceback would only bury them.
-    """
-    import lightning.pytorch.trainer as trainer
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-    here = Path(__file__).parent
-    folders = [here / name for name in ("lightning_modules", "datamodules", "callbacks")]
-    folders.append(Path(trainer.__file__).parent)
-    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
-    return isinstance(error, MisconfigurationException | FileNotFoundError) or (
-        line.startswith("raise ") and any(_place(error).is_relative_to(f) for f in folders)
-    )
-
-
-def _place(error: BaseException) -> Path:
-    """File whose statement raised an error."""
-    return Path(traceback.extract_tb(error.__traceback__)[-1].filename)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -70,15 +71,18 @@ def cpu_name() -> str:
     return found[1] if found else platform.machine()
 
 
+def machine(packages: Sequence[str]) -> str:
+    """Where and with what this is measured."""
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    return f"{os.cpu_count()} cores ({cpu_name()}), Python {platform.python_version()}, {versions}"
+
+
 def main() -> None:
     """Run all seeds and print the table."""
     parser = argparse.ArgumentParser(description="Run the quickstart over several seeds.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     runs = [run(seed) for seed in parser.parse_args().seeds]
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    print(
-        f"{os.cpu_count()} cores ({cpu_name()}), Python {platform.python_version()}, {versions}\n"
-    )
+    print(f"{machine(PACKAGES)}\n")
     print("| seed | success before [95 % Wilson] | success after | training s | all s |")
     print("|---|---|---|---|---|")
     for r in runs:

@@ -48,7 +48,7 @@ class ClosedLoopEvaluation(Callback):
         every_n_steps: optimizer steps between two evaluations; None evaluates at the ends only.
         at_start: evaluate before training.
         at_end: evaluate after training.
-        seed: of the episodes' starts and goals, and of the policy's noise.
+        seed: decides the episodes' starts and goals, and the policy's noise.
         simulation: name of the task; None takes the DataModule's.
 
     Raises:

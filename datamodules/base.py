@@ -22,6 +22,9 @@ class StreamDataModule(pl.LightningDataModule):
         num_workers: worker processes per loader.
         seed: with the epoch it fixes the order of files.
 
+    Raises:
+        ValueError: a size that no batch can have.
+
     Attributes:
         processes_per_row: consecutive processes that read the same rows (`ContextParallel`).
     """
@@ -30,6 +33,13 @@ class StreamDataModule(pl.LightningDataModule):
         self, *, batch_size: int = 8, tbptt: int = 1, num_workers: int = 0, seed: int = 0
     ) -> None:
         super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("tbptt", tbptt, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
         self.batch_size = batch_size
         self.tbptt = tbptt
         self.num_workers = num_workers

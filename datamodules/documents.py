@@ -29,12 +29,12 @@ class TextSource:
     Args:
         kind: `stdlib` is Python's own standard library without its tests, `files` a folder or a
             glob, `datasets` a Hugging Face dataset (needs `pip install datasets`).
-        path: of `files`, a folder (all files below it), a glob such as `corpus/**/*.md`, or a
-            file; of `datasets`, a folder of `save_to_disk`, a .json, .jsonl, .csv or .parquet file
-            or glob, or the name of a dataset on the hub.
+        path: what is read: of `files`, a folder (all files below it), a glob such as
+            `corpus/**/*.md`, or a file; of `datasets`, a folder of `save_to_disk`, a .json, .jsonl,
+            .csv or .parquet file or glob, or the name of a dataset on the hub.
         subset: configuration of a dataset on the hub.
         split: which part of a dataset is read; validation documents are split off from it.
-        column: of a dataset, the one with the text.
+        column: the column of a dataset that has the text.
         strict: True stops at a document that cannot be read or is not UTF-8; False reports how
             many were skipped.
     """

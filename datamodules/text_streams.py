@@ -32,12 +32,12 @@ class TextStreamDataModule(TokenDataModule):
     Args:
         source: which documents; the standard library by default. It differs by Python version
             and distribution: print `provenance` beside every number.
-        tokenizer: bytes by default.
+        tokenizer: how text becomes tokens; bytes by default.
         chunk_length: tokens per chunk.
         mode: `stream` reads every document chunk after chunk, so that a model can learn to
             remember; `packed` fills rows with whole documents one behind the other, told apart by
             `document_ids`, and a document that does not fit goes on in the next row as another.
-        packing_alignment: of `packed`, documents begin at multiples of it in their row, with
+        packing_alignment: in `packed`, documents begin at multiples of it in their row, with
             padding between them: the block size of a router or of block-sparse attention, so that
             no block holds two documents. It is in every chunk as `document_alignment`. None takes
             what the model asks for (`align_documents`), or 1.

@@ -37,7 +37,7 @@ class ActionExpertModule(ActionSampler, SizedModule):
     Sizes and normalisation statistics come from the DataModule and are stored in the checkpoint.
 
     Args:
-        optimizer: e.g. `{class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}`.
+        optimizer: class and options, e.g. `{class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}`.
         backbone: `state` trains a small transformer over the state vector from scratch, `pi0` goes
             on from a pretrained vision-language-action model.
         expert: size of the transformer of `state`.
@@ -69,6 +69,7 @@ class ActionExpertModule(ActionSampler, SizedModule):
     """
 
     DATA_MODULES = ("ActionChunkDataModule", "RecordedSimulation")
+    NEEDS = "action_dim"
 
     def __init__(
         self,

@@ -61,6 +61,13 @@ class Schedule:
     decay: Literal["cosine", "constant"] = "cosine"
     final_scale: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0 or self.final_scale < 0:
+            raise ValueError(
+                f"schedule: warmup_steps={self.warmup_steps} and final_scale={self.final_scale} "
+                "must be at least 0"
+            )
+
     def scale(self, step: int, total_steps: int) -> float:
         """Multiple of the learning rate at an optimizer step, counted from 0."""
         if step < self.warmup_steps:
@@ -76,7 +83,7 @@ class AdapterModule(TunableStreams):
     """Base of the variants: a subclass gives `chunk_loss` and names its parameter groups.
 
     Args:
-        optimizer: e.g. `{class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}`.
+        optimizer: class and options, e.g. `{class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}`.
         schedule: learning rate over the run.
         groups: training options by group name (see `parameter_group`); others train plainly.
         persistent: whether fast state is carried from chunk to chunk of a file.

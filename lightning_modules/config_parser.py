@@ -16,7 +16,7 @@ import json
 import pydoc
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin
@@ -26,6 +26,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 ROOT = Path(__file__).resolve().parents[1]
 _CLASS_KEYS = ("class_path", "init_args")
+_PRINT_FLAGS = ("comments", "skip_default", "skip_unset")
 _HANDED_UP = re.compile(
     r"(?:class_path '(?P<before>[^']+)':\s*)?<<(?P<code>[\w=-]+)>>"
     r"(?:\. Got value: Namespace\(class_path='(?P<after>[^']+)')?"
@@ -136,11 +137,24 @@ def diagnose(parser: argparse.ArgumentParser, message: str) -> Finding:
     if inner:
         return max(inner, key=lambda finding: finding.key.count("."))
     if unknown := _UNKNOWN_KEY.match(message):
+        if (word := unknown["argument"]) and f"-{word}" not in message:
+            return Finding(f"'{word}' is no option", way_out="; config files go behind --config")
         group = f"{unknown['group']}." if unknown["group"] else ""
         return _unknown_key(parser, group + (unknown["key"] or unknown["argument"]))
     if missing := re.match(r"the following arguments are required: ([^\s,]+)", message):
         key = re.sub("^(fit|validate|test|predict)[.]", "", missing[1])
-        return Finding("missing key", key, way_out=": give it in a --config file or as an option")
+        example = ", e.g. --config configs/quickstart.yaml" if key in ("model", "data") else ""
+        way_out = f": give it in a --config file{example} or as an option"
+        return Finding("missing key", key, way_out=way_out)
+    if flag := re.match(r'Invalid option "(\w+)" for --print_config', message):
+        return Finding(
+            f"unknown flag '{flag[1]}' of --print_config", way_out=_suggest(flag[1], _PRINT_FLAGS)
+        )
+    if asked := re.match(r"--(\S+)\.help: Expected a dot import path string: (\S+)$", message):
+        names = {c.__name__ for base in _classes(parser, asked[1]) for c in _subclasses(base)}
+        return Finding(
+            f"unknown class '{asked[2]}' for --{asked[1]}.help", way_out=_suggest(asked[2], names)
+        )
     hint = next((_hint(action) for action in _arguments(parser) if action.dest == key), None)
     return (
         _wrong_class(key, hint, message)
@@ -190,6 +204,11 @@ def _wrong_class(key: str, hint: Any, message: str) -> Finding | None:
                 return Finding(f"class '{name}' does not fit", key, way_out=why)
             way_out = f"{why}{_suggest(name.rpartition('.')[2], names)}"
             return Finding(f"unknown class '{name}' for", key, way_out=way_out)
+    dotted = re.search(r"Got value: (?P<path>[\w.]+\.(?P<name>[A-Z]\w*))$", message)
+    if dotted and get_origin(hint) is Callable:
+        return Finding(
+            f"unknown class '{dotted['path']}' for", key, "", _suggest(dotted["name"], names)
+        )
     if "Not a valid subclass" in message:
         for word in re.findall(r"'(\w+)':", message):
             if word not in _CLASS_KEYS and difflib.get_close_matches(word, _CLASS_KEYS):
@@ -208,7 +227,7 @@ def _wrong_value(
     if nested := re.match(r"NestedArg\(key='([^']*)', val='?(.*?)'?\)$", values[-1]):
         key, values = f"{key}.{nested[1]}", [nested[2]]
     choices = [str(c) for t in _leaves(hint) if get_origin(t) is Literal for c in get_args(t)]
-    expected = f"a mapping with keys {_enumerate(keys)}" if keys else _describe(hint)
+    expected = f"a mapping with keys {_enumerate(keys)}" if keys else describe_type(hint)
     way_out = f": expected {expected}{_suggest(values[-1], choices, otherwise='')}"
     return Finding(f"wrong value {values[-1][:80]!r} for", key, way_out=way_out)
 
@@ -249,6 +268,13 @@ def _leaves(hint: Any) -> Iterator[Any]:
         yield from _leaves(argument)
 
 
+def _classes(parser: argparse.ArgumentParser, key: str) -> list[type]:
+    """Classes that a key's type names."""
+    hints = [_hint(action) for action in _arguments(parser) if action.dest == key]
+    leaves = [leaf for hint in hints for leaf in _leaves(hint) if inspect.isclass(leaf)]
+    return [leaf for leaf in leaves if leaf not in (str, int, float, bool, type(None))]
+
+
 def _subclasses(base: type) -> Iterator[type]:
     """Concrete descendants; the class itself where it has none."""
     below: list[type] = type.__subclasses__(base)
@@ -260,11 +286,12 @@ def _subclasses(base: type) -> Iterator[type]:
         yield from _subclasses(subclass)
 
 
-def _describe(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
+    """A type as a reader of yaml would say it, e.g. `int | null`."""
     if get_origin(hint) is Literal:
         return " or ".join(repr(choice) for choice in get_args(hint))
     if get_origin(hint) in (Union, UnionType):
-        return " | ".join(_describe(member) for member in get_args(hint))
+        return " | ".join(describe_type(member) for member in get_args(hint))
     if hint is type(None):
         return "null"
     name = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)

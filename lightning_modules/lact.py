@@ -39,7 +39,7 @@ class LaCTModule(LanguageModule):
     Source: Zhang et al., "Test-Time Training Done Right", 2025, arXiv:2505.23884.
 
     Args:
-        optimizer: e.g. `{class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}`.
+        optimizer: class and options, e.g. `{class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}`.
         config: options of `LaCTConfig` for a model from scratch, e.g. `{hidden_size: 256,
             num_hidden_layers: 6, lact_chunk_size: 512, window_size: 512, r: 2}`; the vocabulary
             comes from the data.

@@ -38,7 +38,7 @@ class LanguageModule(SizedModule):
     the last one of the chunk before. A subclass builds the model for the DataModule's features.
 
     Args:
-        optimizer: e.g. `{class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}`.
+        optimizer: class and options, e.g. `{class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}`.
         fast_state: `carry` goes on from chunk to chunk of a file, `reset` starts every chunk
             afresh.
         compile_model: run the model through `torch.compile`, in place.
@@ -47,6 +47,7 @@ class LanguageModule(SizedModule):
     """
 
     DATA_MODULES = ("TextStreamDataModule", "RecallDataModule")
+    NEEDS = "vocab_size"
     OPTIONS: ClassVar[dict[str, type]] = {"pretrained": PretrainedOptions}
     """Options that checkpoints hold as plain values, and their classes."""
 

@@ -34,14 +34,14 @@ class MemoryBankModule(LanguageModule):
     the rows of the chosen chapters, w their weights. The model starts exactly as its base.
 
     Args:
-        optimizer: e.g. `{class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}`.
+        optimizer: class and options, e.g. `{class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}`.
         arm: what is added: `vanilla` nothing, `memory` the bank, `lora` peft's LoRA on attention
             and MLPs, `both`.
         config: entries of the transformers configuration of a model from scratch, e.g.
             `{model_type: llama, hidden_size: 256, ...}`; the vocabulary comes from the data.
         pretrained: the language model to adapt instead.
-        memory: of the arms `memory` and `both`.
-        lora: of the arms `lora` and `both`; needs `pretrained`.
+        memory: the bank of the arms `memory` and `both`, and which layers read it.
+        lora: size of the LoRA of the arms `lora` and `both`, which need `pretrained`.
         fast_state: `carry` goes on with a document's routing from chunk to chunk, `reset` starts
             every chunk afresh.
         compile_model: run the model through `torch.compile`, in place.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from lightning_modules.base import AdapterModule
 from lightning_modules.distributed.sharding import is_sharded, shard
@@ -21,6 +21,8 @@ class SizedModule(AdapterModule):
 
     DATA_MODULES: ClassVar[tuple[str, ...]] = ()
     """Names of the DataModules that have such features, for messages."""
+    NEEDS: ClassVar[str] = ""
+    """One of these features, by which such data is known."""
 
     model: Any
     features: dict[str, Any]
@@ -37,6 +39,8 @@ class SizedModule(AdapterModule):
         """Compare the options with the data before anything is written."""
         datamodule = getattr(self.trainer, "datamodule", None)
         if hasattr(datamodule, "features"):
+            if self.NEEDS and self.NEEDS not in datamodule.features:
+                self._refuse(datamodule)
             self.check(datamodule.features)
 
     def configure_model(self) -> None:
@@ -65,8 +69,11 @@ class SizedModule(AdapterModule):
     def _build(self) -> None:
         datamodule = getattr(self.trainer, "datamodule", None)
         if not hasattr(datamodule, "features"):
-            raise ValueError(
-                f"{type(self).__name__} takes its sizes from the DataModule: use "
-                f"{' or '.join(self.DATA_MODULES)} (data.class_path)"
-            )
+            self._refuse(datamodule)
         self.build_for(datamodule)
+
+    def _refuse(self, datamodule: Any) -> NoReturn:
+        raise ValueError(
+            f"{type(self).__name__} takes its sizes from the data, and {type(datamodule).__name__} "
+            f"does not have them: use {' or '.join(self.DATA_MODULES)} (data.class_path)"
+        )

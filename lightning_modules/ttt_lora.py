@@ -40,15 +40,15 @@ class TTTLoRAModule(LanguageModule):
     as its base.
 
     Args:
-        optimizer: e.g. `{class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}`.
+        optimizer: class and options, e.g. `{class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}`.
         method: what is added: `none`, `lora`, `ttt_lora`, `in_place`, or `ttt_lora+lora`.
         pretrained: the language model to adapt.
         config: instead, entries of the transformers configuration of a model from scratch, e.g.
             `{model_type: llama, hidden_size: 256, ...}`, all of which is trained with its
             adapters; the vocabulary comes from the data.
-        ttt_lora: of the methods `ttt_lora` and `ttt_lora+lora`.
-        in_place: of the method `in_place`.
-        lora: of the methods `lora` and `ttt_lora+lora`; peft's.
+        ttt_lora: size and place of TTT-LoRA, in the methods `ttt_lora` and `ttt_lora+lora`.
+        in_place: options of In-Place TTT, in the method `in_place`.
+        lora: size and place of peft's LoRA, in the methods `lora` and `ttt_lora+lora`.
         fast_state: `carry` goes on from chunk to chunk of a file, `reset` starts every chunk
             afresh.
         compile_model: run the model through `torch.compile`, in place.

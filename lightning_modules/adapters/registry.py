@@ -51,6 +51,11 @@ def register_attention_adapter(
     return register
 
 
+def registered_adapters() -> dict[str, type]:
+    """Name of every adapter -> dataclass of its options."""
+    return {name: entry.config_class for name, entry in _ADAPTERS.items()}
+
+
 def create_attention_adapter(
     base_attention: nn.Module, adapter_type: str, adapter_config: Any | None = None
 ) -> BaseAttentionAdapter:

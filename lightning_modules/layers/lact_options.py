@@ -102,7 +102,8 @@ class LaCTUpdateConfig:
             recall, take about 1; on text that only added noise, and 0.001 did better.
         use_momentum: add the momentum of earlier updates, by a coefficient that the tokens give.
         use_muon: orthogonalise every update by Newton-Schulz steps.
-        muon_dtype: of these steps; `bfloat16` is as published, `float32` has better gradients.
+        muon_dtype: precision of these steps; `bfloat16` is as published, `float32` has better
+            gradients.
         ttt_prenorm: collect updates in a copy whose rows are never rescaled.
         greedy: a wrong baseline: every network of the stack learns as if it stood alone.
         recompute: keep no activation of the memory for the backward pass: compute them again.

@@ -16,11 +16,11 @@ class BankConfig:
     """A learned bank of rows.
 
     Args:
-        num_rows: N; with a router it must be divisible by its chapters.
+        num_rows: rows of the bank, N; with a router it must be divisible by its chapters.
         kind: `standard` stores `[N, width]`; `factorized` the product `A B^T` of `[N, rank]` and
             `[width, rank]`; `reduced` stores `[N, rank]`, and attention works in `rank` channels.
         width: channels of a row; None takes the hidden size of the model.
-        rank: of `factorized` and `reduced`.
+        rank: channels of the small matrices of `factorized` and `reduced`.
         bits: 8 or 4 rounds the rows as a quantised bank would (straight-through gradients), so
             that the model learns to live with it; None keeps full precision.
     """
@@ -93,8 +93,8 @@ class RouterConfig:
     known to no router; of the others, the router gives every decision its `top_k` best.
 
     Args:
-        num_chapters: C, shared ones included.
-        top_k: chapters of a decision, shared ones not counted.
+        num_chapters: parts of the bank among which is chosen, C, shared ones included.
+        top_k: chapters that a decision chooses, shared ones not counted.
         strategy: what a decision is made on. `token`: the token itself. `block`: one decision per
             block of tokens, on the mean of all earlier blocks of the document. `rolling`: the mean
             of the last `window` tokens, the token included. `prompt`: the mean of the prompt so
@@ -102,8 +102,8 @@ class RouterConfig:
             sequence, which is not causal.
         block_size: tokens of a block.
         window: tokens of `rolling`.
-        shared: S, chapters that every token reads.
-        shared_mode: in `mixture`, `together` reads the shared chapters in one softmax,
+        shared: chapters that every token reads, S.
+        shared_mode: with `mixing: mixture`, `together` reads the shared chapters in one softmax,
             `per_chapter` in one softmax each.
         mixing: `joint` is one softmax over all rows that a token reads, where the logarithm of a
             chapter's weight is added to its logits; `mixture` is one softmax per chapter, and the

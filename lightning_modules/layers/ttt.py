@@ -40,7 +40,7 @@ class TTTConfig:
         eta_over_length: divide eta by the number of writing tokens of the document in the call,
             so that the step does not grow with length (not if causal, nor with mini-batches).
         use_gate: multiply the output by `gelu(g_proj x)` before `o_proj`.
-        eps: of the LayerNorms.
+        eps: added to the variance in the LayerNorms.
     """
 
     kind: Literal["linear", "mlp"] = "linear"

@@ -12,7 +12,7 @@ into fast weights therefore depends neither on the noise nor on the time.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import torch
@@ -67,6 +67,10 @@ class ExpertConfig:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, bool) and value < 1:
+                raise ValueError(f"expert.{field.name}={value} must be at least 1")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"

@@ -108,6 +108,8 @@ class ActionSampler:
     def check(self, features: Mapping[str, Any]) -> list[AdapterSpec]:
         """Make sure that options and data fit; returns one line per layer with an adapter."""
         horizon, stride = features["horizon"], features["stride"]
+        if min(self.denoise_steps, self.execution_horizon) < 1:
+            raise ValueError("denoise_steps and execution_horizon must be at least 1")
         if self.execution_horizon > horizon:
             raise ValueError(
                 f"execution_horizon={self.execution_horizon} exceeds the data's horizon {horizon}"

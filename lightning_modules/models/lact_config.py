@@ -42,7 +42,7 @@ class LaCTConfig(PreTrainedConfig):
         intermediate_size: width of the MLP; None: `2/3 hidden_ratio d`, rounded up to a multiple
             of 256.
         hidden_ratio: see `intermediate_size`.
-        norm_eps: of the RMSNorms around layers (those inside have 1e-5).
+        norm_eps: added to the mean square in the RMSNorms around layers (those inside have 1e-5).
         initializer_range: standard deviation of linear maps and embeddings at the start.
         max_position_embeddings: length in training, for information; positions have no end.
         branches: `both`, or `attention` or `memory` alone in every layer (baselines).

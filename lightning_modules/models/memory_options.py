@@ -15,11 +15,11 @@ class MemoryOptions:
     Args:
         placement: `all` layers, the `first_k` or `last_k`, `every_n` (the last of every n layers),
             `custom` (listed in `layers`), or `none`.
-        count: k or n.
-        layers: of `custom`, counted from 0.
+        count: the k or n of the placement.
+        layers: the layers of `custom`, counted from 0.
         sharing: `shared`: one bank for all; `per_layer`: one each; `every_k_layers`: one for every
             `sharing_k` of the layers with memory.
-        sharing_k: of `every_k_layers`.
+        sharing_k: how many layers share a bank in `every_k_layers`.
         memory: bank, reader and router.
     """
 

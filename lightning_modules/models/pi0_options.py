@@ -32,7 +32,7 @@ class PI0Options:
             vision-language model.
         adarms: add pi0.5's timestep modulation to every norm of the expert. It starts as the
             norms of the pretrained model, so nothing changes before the first step.
-        lora: of `train: lora`.
+        lora: size and place of the LoRA of `train: lora`.
         gradient_checkpointing: recompute layers in backward instead of keeping them.
         vlm_dtype: precision in which a frozen vision-language model is kept.
 

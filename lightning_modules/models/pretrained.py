@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lightning_modules.adapters.base_weights import base_fingerprint
 from lightning_modules.adapters.fingerprint import fingerprint
@@ -22,7 +23,7 @@ class PretrainedOptions:
     Args:
         name: hub id such as HuggingFaceTB/SmolLM2-135M, or a folder that `save_pretrained` wrote.
         gguf_file: file of quantised weights in it, which are dequantised; None takes safetensors.
-        dtype: of the loaded weights; adapters are made in the same.
+        dtype: precision of the loaded weights; adapters are made in the same.
         train: `adapters` freezes what was loaded, and checkpoints leave it out; `all` trains it.
         gradient_checkpointing: recompute the layers in backward instead of keeping activations.
     """
@@ -59,7 +60,10 @@ class PretrainedOptions:
             ) from error
         model.requires_grad_(self.train == "all")
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # The name until transformers 5.2x, which deprecates it.
+            older = model.gradient_checkpointing_enable
+            enable = getattr(model, "activation_checkpointing_enable", older)
+            enable({"use_reentrant": False})
             model.enable_input_require_grads()
         return model.train()
 
@@ -89,8 +93,33 @@ def check_base(config: Mapping[str, Any] | None, pretrained: PretrainedOptions |
         raise ValueError(
             "give either config (a model from scratch) or pretrained (a model to adapt)"
         )
-    if config is not None and "model_type" not in config:
+    if config is not None:
+        _check_config(config)
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    """Refuse a kind of model, a key or a value that transformers does not know.
+
+    It takes a key that it does not know for an attribute, so that a misspelt one has no effect.
+    """
+    if "model_type" not in config:
         raise ValueError("config needs model_type, e.g. llama or qwen3")
+    kind = config["model_type"]
+    if kind not in CONFIG_MAPPING:
+        close = get_close_matches(str(kind), CONFIG_MAPPING, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "e.g. llama or qwen3"
+        raise ValueError(f"config.model_type={kind!r} is unknown to transformers; {hint}")
+    config_class = CONFIG_MAPPING[kind]
+    known = {field.name for field in fields(config_class)} | {*config_class.attribute_map}
+    for key in config:
+        if key not in known | {"model_type", "attn_implementation"}:
+            close = get_close_matches(str(key), known, n=1, cutoff=0.0)
+            raise ValueError(f"config: unknown key {key!r} of {kind}; did you mean {close[0]!r}?")
+    try:
+        AutoConfig.for_model(**deepcopy(dict(config)))
+    except Exception as error:  # transformers raises classes of its own and of huggingface_hub
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"config of {kind}: {reason}") from error
 
 
 def build_base(
