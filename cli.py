@@ -102,7 +102,7 @@ def _run(args: list[str] | None) -> None:
 
     class CommandLine(LightningCLI):
         def after_fit(self) -> None:
-            if self.trainer.is_global_zero:  # type: ignore[attr-defined]
+            if self.trainer.is_global_zero:
                 print(*next_steps(self.trainer), sep="\n")
 
         def before_validate(self) -> None:
