@@ -102,8 +102,8 @@ def _run(args: list[str] | None) -> None:
 
     class CommandLine(LightningCLI):
         def after_fit(self) -> None:
-            if self.trainer.is_global_zero:  # type: ignore[attr-defined]
-                print(*next_steps(self.trainer), sep="\n")
+            for line in next_steps(self.trainer) if self.trainer.is_global_zero else ():
+                print(line)
 
         def before_validate(self) -> None:
             self._say_whose_weights("validate")

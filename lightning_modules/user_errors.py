@@ -88,7 +88,7 @@ def _is_on_purpose(error: BaseException) -> bool:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     folders = [ROOT / name for name in ("lightning_modules", "datamodules", "callbacks")]
-    folders += [Path(package.__file__).parent for package in (trainer, optim)]
+    folders += [Path(str(package.__file__)).parent for package in (trainer, optim)]
     line = traceback.extract_tb(error.__traceback__)[-1].line or ""
     return isinstance(error, MisconfigurationException | FileNotFoundError) or (
         line.startswith("raise ") and any(_place(error).is_relative_to(f) for f in folders)
