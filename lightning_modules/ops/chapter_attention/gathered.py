@@ -9,7 +9,7 @@ from torch.nn.functional import embedding, pad, scaled_dot_product_attention
 MIN_BLOCK = 64
 """Blocks of so many tokens keep fewer gathered rows for the backward pass than they have logits: on
 an H200 a training step on tiles takes 2.2 to 4.9 times as long there, and 1.5 to 2.4 times the
-memory (`benchmarks/chapter_attention.py`)."""
+memory (`benchmarks/ops_chapter_attention.py`)."""
 
 
 def pays(tokens: Tensor, block_size: int) -> bool:

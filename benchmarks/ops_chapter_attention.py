@@ -1,8 +1,8 @@
 """Chapter attention on a GPU or CPU: kernels and torch, beside a plain gather and SDPA.
 
-    python benchmarks/chapter_attention.py                             # on a GPU
-    python benchmarks/chapter_attention.py --cases published --kernels # time of each kernel
-    python benchmarks/chapter_attention.py --tiny --device cpu         # a few seconds
+    python benchmarks/ops_chapter_attention.py                             # on a GPU
+    python benchmarks/ops_chapter_attention.py --cases published --kernels # time of each kernel
+    python benchmarks/ops_chapter_attention.py --tiny --device cpu         # a few seconds
 
 Ceilings first (a product of bfloat16 matrices, a copy on the device), then for every form the
 medians of `--repeats` calls after three, forward and forward with backward (gradients of queries,
