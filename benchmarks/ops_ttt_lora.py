@@ -1,7 +1,7 @@
 """What an op costs on a GPU, beside what its bytes and products must take.
 
     python benchmarks/ops_ttt_lora.py --out ops.md     # on a GPU
-    python benchmarks/ops_ttt_lora.py --tiny           # a few seconds on a CPU: the torch backends alone
+    python benchmarks/ops_ttt_lora.py --tiny           # seconds on a CPU: torch alone
 
 Ceilings first (a product of bfloat16 matrices, a copy on the device). Every row is checked against
 float64 in the same run, on fresh random inputs: the largest error of outputs and gradients,
