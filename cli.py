@@ -58,7 +58,7 @@ def main(args: list[str] | None = None) -> None:
         print(f"error: unknown command '{arguments[0]}'; {way_out}", file=sys.stderr)
         sys.exit(2)
     try:
-        _run(args)
+        _run(arguments[0], args)
         return
     except Exception as error:
         caught = _root_of(error)
@@ -71,8 +71,8 @@ def main(args: list[str] | None = None) -> None:
     sys.exit(1)
 
 
-def _run(args: list[str] | None) -> None:
-    """Build the LightningCLI and run the command (imports take seconds, so they are here)."""
+def _run(command: str, args: list[str] | None) -> None:
+    """Build the LightningCLI and run a command (imports take seconds, so they are here)."""
     from lightning.pytorch import LightningDataModule
     from lightning.pytorch.cli import LightningCLI
     from lightning.pytorch.utilities import rank_zero_warn
@@ -88,6 +88,11 @@ def _run(args: list[str] | None) -> None:
             getattr(package, name)  # classes resolve by short name once imported
 
     class CommandLine(LightningCLI):
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            # Making the parser of all options takes longest: none for commands not asked for.
+            return {command: LightningCLI.subcommands()[command]}
+
         def before_validate(self) -> None:
             self._say_whose_weights("validate")
 
