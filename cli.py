@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import gc
 import sys
+from collections.abc import Sequence
 
 COMMANDS = ("fit", "validate", "test", "predict")
 COMPLETION = "--print_completion="  # jsonargparse writes it with shtab, see docs/cli.md
@@ -67,7 +68,7 @@ def main(args: list[str] | None = None) -> None:
             from jsonargparse import set_parsing_settings
 
             set_parsing_settings(add_print_completion_argument=True)
-        _run(args)
+        _run(COMMANDS if completion else arguments[:1], args)
         return
     except Exception as error:
         from lightning_modules.user_errors import answer, root_of
@@ -80,8 +81,8 @@ def main(args: list[str] | None = None) -> None:
     sys.exit(1)
 
 
-def _run(args: list[str] | None) -> None:
-    """Build the LightningCLI and run the command (imports take seconds, so they are here)."""
+def _run(commands: Sequence[str], args: list[str] | None) -> None:
+    """Build the LightningCLI and run a command (imports take seconds, so they are here)."""
     gc.disable()  # a sixth of the imports' time would go into looking for garbage among classes
     from lightning.pytorch import LightningDataModule
     from lightning.pytorch.cli import LightningCLI
@@ -101,6 +102,11 @@ def _run(args: list[str] | None) -> None:
     leave_out_noise()
 
     class CommandLine(LightningCLI):
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            # Making the parser of all options takes longest: none for commands not asked for.
+            return {name: LightningCLI.subcommands()[name] for name in commands}
+
         def after_fit(self) -> None:
             for line in next_steps(self.trainer) if self.trainer.is_global_zero else ():
                 print(line)

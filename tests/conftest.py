@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import settings
+from quick_cases import mark_the_others_slow
 
 import cli
 
@@ -24,6 +25,15 @@ if not torch.cuda.is_available():
 # The machine decides how long an example takes; the examples are the same in every run.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem() -> Generator[None, Any, Any]:
+    """Leave to `make test-all` what a test's mark `quick` does not name."""
+    made = yield
+    if isinstance(made, list) and made:
+        mark_the_others_slow(made)
+    return made
 
 
 @pytest.fixture(autouse=True)

@@ -167,6 +167,7 @@ def test_config_in_the_current_directory_comes_first(run_cli, monkeypatch, tmp_p
     assert run_cli("fit", "--config", "case.yaml", "--print_config").code == 0
 
 
+@pytest.mark.slow
 def test_cli_runs_as_a_script_from_another_directory(tmp_path) -> None:
     code = [sys.executable, str(ROOT / "cli.py"), "fit", "--model.horizn", "3"]
     done = subprocess.run(code, cwd=tmp_path, capture_output=True, text=True)

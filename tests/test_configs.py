@@ -95,6 +95,7 @@ def test_a_run_is_validated_tested_and_resumed_from_its_checkpoint(run_cli, tmp_
     assert sorted(steps) == [6, 8]
 
 
+@pytest.mark.quick("quickstart", "*_small", "*_tiny", "action_expert_maze_memory")
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_config_is_complete_and_its_keys_are_known(path: Path, run_cli) -> None:
     result = run_cli("fit", "--config", str(path), "--print_config")

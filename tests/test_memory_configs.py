@@ -19,9 +19,8 @@ SMALLER = {
 ROUTER_TAGS = {"chapter_router/load_entropy/", "chapter_router/top_k_mass/"}
 
 
-@pytest.mark.parametrize(
-    "name", [n if n == "memory_small" else pytest.param(n, marks=pytest.mark.slow) for n in SMALLER]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALLER)
 def test_config_fits_validates_and_goes_on_from_its_checkpoint(
     name: str, run_cli, tmp_path: Path
 ) -> None:

@@ -42,6 +42,7 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[RolloutResult]:
     return results
 
 
+@pytest.mark.slow
 def test_a_checkpoint_acts_as_the_evaluation_after_training_and_predicts_what_it_samples(
     run_cli, tmp_path: Path, evaluations: list[RolloutResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,7 @@ def groups_in(checkpoint: Path) -> set[str]:
     return {group["name"].split("/")[0] for group in groups}
 
 
+@pytest.mark.slow
 def test_small_config_fits_validates_goes_on_and_writes_what_its_monitors_promise(
     run_cli, tmp_path: Path
 ) -> None:

@@ -16,6 +16,9 @@ ROWS = [
 """Every architecture once, every adapter once; the others are left to `make test-all`."""
 
 
+@pytest.mark.quick(
+    "zero gate-*", "*-gemma3-ttt", "*-llama-ttt", "*-pi0-ttt", "*-gemma3-lact", "*-gemma3-routed"
+)
 @pytest.mark.parametrize(("architecture", "adapter"), ROWS)
 @pytest.mark.parametrize("capability", EAGER)
 def test_capability_as_its_check_says(capability: str, architecture: str, adapter: str) -> None:

@@ -25,6 +25,7 @@ from lightning_modules.streams import FastState
 EXACT = {"rtol": 1e-10, "atol": 1e-12}  # float64; sums are taken in another order
 
 
+@pytest.mark.quick("*-True-gemma", "nested-False-qwen3")
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,6 +65,7 @@ def test_a_row_alone_equals_the_row_in_a_batch(kind: str) -> None:
                 torch.testing.assert_close(alone.outgoing[slot][name], value[one], **EXACT)
 
 
+@pytest.mark.quick("*-cuts1", "nested-*")
 @pytest.mark.parametrize("cuts", [(1,), (5,), (4, 8), (3, 4, 9), (10,)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_streaming_split_anywhere_equals_one_pass(kind: str, cuts: tuple[int, ...]) -> None:
@@ -156,6 +158,7 @@ def _two_chunks(kind: str, checkpointing: bool) -> tuple[dict[str, Tensor], list
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, losses
 
 
+@pytest.mark.quick("parallel")
 @pytest.mark.parametrize("kind", ["parallel", "top_1", "nested"])
 def test_checkpointing_changes_no_bit_of_the_gradients_over_two_chunks(kind: str) -> None:
     expected, losses = _two_chunks(kind, checkpointing=False)
@@ -170,6 +173,7 @@ def test_checkpointing_changes_no_bit_of_the_gradients_over_two_chunks(kind: str
             assert all(torch.equal(values[name], same[slot][name]) for name in values)
 
 
+@pytest.mark.quick("series", "routed")
 @pytest.mark.parametrize("kind", KINDS)
 def test_base_checkpoints_load_into_combined_adapters_and_back(kind: str) -> None:
     model, other = tiny_model(), randomise(tiny_model(), seed=1)
@@ -197,6 +201,7 @@ def test_remove_restores_the_original_modules_object_identically(kind: str) -> N
     assert list(after) == list(before) and all(after[path] is before[path] for path in before)
 
 
+@pytest.mark.quick("parallel", "top_1")
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies_compute_the_same_and_share_nothing(kind: str) -> None:
     model = tiny_model()
@@ -210,6 +215,7 @@ def test_copies_compute_the_same_and_share_nothing(kind: str) -> None:
     assert not torch.allclose(twin(TOKENS).logits, outs[0])
 
 
+@pytest.mark.quick("lora", "parallel", "top_1")
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_autocast_is_close_and_keeps_float32_state(kind: str) -> None:
     model = tiny_model()

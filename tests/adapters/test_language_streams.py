@@ -41,6 +41,14 @@ def _stream(model: PreTrainedModel, ids: Tensor, sizes: list[int], **options: An
     return torch.cat(logits, dim=1), state
 
 
+@pytest.mark.quick(
+    "llama-ttt-*",
+    "gemma2-ttt-sizes1",
+    "gemma3-ttt_mlp-sizes2",
+    "gemma3-lact-sizes2",
+    "gemma3-top_1-sizes1",
+    "gemma3-nested-sizes1",
+)
 @pytest.mark.parametrize("sizes", SPLITS)
 @pytest.mark.parametrize(("architecture", "adapter"), STATEFUL)
 def test_stream_split_anywhere_equals_one_pass(
@@ -72,6 +80,7 @@ def test_wrong_variant_without_the_pending_mini_batch_is_not_one_pass() -> None:
     assert not torch.allclose(actual, expected[:, 6:], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.quick("llama-ttt", "gemma2-ttt", "gemma3-lact", "gemma3-top_1", "gemma3-nested")
 @pytest.mark.parametrize(("architecture", "adapter"), STATEFUL)
 def test_logits_before_a_changed_token_stay_bit_identical(architecture: str, adapter: str) -> None:
     model, ids = adapted_model(architecture, ADAPTERS[adapter]), tokens(2, LENGTH)
@@ -85,6 +94,7 @@ def test_logits_before_a_changed_token_stay_bit_identical(architecture: str, ada
             assert not torch.equal(after[:, changed], before[:, changed])
 
 
+@pytest.mark.quick("llama-ttt", "gemma2-ttt", "gemma3-lact", "gemma3-top_1", "gemma3-nested")
 @pytest.mark.parametrize(("architecture", "adapter"), STATEFUL)
 def test_a_row_among_other_rows_stays_bit_identical(architecture: str, adapter: str) -> None:
     model, ids = adapted_model(architecture, ADAPTERS[adapter]), tokens(3, LENGTH)
@@ -113,6 +123,7 @@ def _loss(logits: Tensor, ids: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="sum")
 
 
+@pytest.mark.quick("ttt-*", "lact-sizes0", "top_1-sizes1")
 @pytest.mark.parametrize("sizes", [[6, 7], [4, 3, 6]])
 @pytest.mark.parametrize("adapter", CAUSAL)
 def test_chunks_of_a_step_have_the_gradients_of_one_pass_whose_attention_is_cut_alike(
@@ -140,6 +151,7 @@ def test_chunks_of_a_step_have_the_gradients_of_one_pass_whose_attention_is_cut_
     assert own_parameters(model).keys() & used.keys()
 
 
+@pytest.mark.quick("ttt", "lact", "top_1", "nested")
 @pytest.mark.parametrize("adapter", CAUSAL)
 def test_steps_that_commit_equal_handles_that_advance_and_a_first_chunk_equals_fresh(
     adapter: str,

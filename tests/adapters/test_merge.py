@@ -40,6 +40,7 @@ def _same(model: nn.Module, before: dict[str, Tensor]) -> bool:
     return after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
 
 
+@pytest.mark.quick("*-options0", "None-options2")
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
 @pytest.mark.parametrize("kind", [NOOP, NOOPS, None])
 def test_merged_equals_unmerged_and_unmerge_restores_to_1e_5(

@@ -44,6 +44,7 @@ def _hooks(model: nn.Module) -> list[str]:
     ]
 
 
+@pytest.mark.quick("*-llama-ttt", "dtype0-gemma3-lact", "dtype1-gemma3-routed", "dtype1-gemma2-ttt")
 @pytest.mark.parametrize(("architecture", "adapter"), STATEFUL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_logits_of_left_padded_rows_equal_those_of_each_row_alone(
@@ -69,6 +70,7 @@ def test_logits_of_left_padded_rows_equal_those_of_each_row_alone(
                 )
 
 
+@pytest.mark.quick("llama-ttt", "gemma3-lact", "gemma3-top_1")
 @pytest.mark.parametrize(("architecture", "adapter"), STATEFUL)
 def test_tokens_generated_from_left_padded_rows_equal_those_of_each_row_alone(
     architecture: str, adapter: str

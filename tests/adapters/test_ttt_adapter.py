@@ -123,6 +123,7 @@ def test_static_gate_starts_at_tanh_of_alpha_init() -> None:
 # With the gate at 0: the base model, bit for bit
 
 
+@pytest.mark.quick("sdpa-4-*", "eager-None-adarms_tanh-*")
 @pytest.mark.parametrize("mode", BESIDE)
 @pytest.mark.parametrize("gate", ["tanh", "adarms", "adarms_tanh"])
 @pytest.mark.parametrize("cond_size", [COND, None])

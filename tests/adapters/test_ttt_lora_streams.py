@@ -51,6 +51,7 @@ def changed_before(model: torch.nn.Module, place: int) -> float:
     return difference[:, :place].max().item()
 
 
+@pytest.mark.quick("A_ln", "in_place", "together")
 @every_method
 def test_logits_before_a_changed_token_stay_bit_identical(method: str) -> None:
     model = adapted(method, dtype=torch.float32)
@@ -88,6 +89,7 @@ def test_wrong_variant_that_reads_updated_weights_is_found(
     assert changed_before(adapted(method, dtype=torch.float32), 11) > 1e-4
 
 
+@pytest.mark.quick("A_plain-*", "B_ln-*8]", "in_place-*8]", "together-*5]")
 @pytest.mark.parametrize("sizes", SPLITS, ids=str)
 @every_method
 def test_any_split_equals_one_pass_in_logits_and_states(method: str, sizes: list[int]) -> None:
@@ -109,6 +111,7 @@ def test_wrong_variant_that_forgets_between_calls_is_not_one_pass() -> None:
     assert (torch.cat(parts, dim=1) - expected)[:, 4:].abs().max() > 1e-3
 
 
+@pytest.mark.quick("A_ln", "in_place", "together")
 @every_method
 def test_reading_without_adapting_equals_one_pass_and_keeps_what_was_learned(method: str) -> None:
     model, ids = adapted(method), text()
@@ -125,6 +128,7 @@ def test_reading_without_adapting_equals_one_pass_and_keeps_what_was_learned(met
 # Rows, padding, documents
 
 
+@pytest.mark.quick("A_ln", "together")
 @every_method
 def test_a_row_alone_equals_the_row_in_a_batch(method: str) -> None:
     model, ids = adapted(method), text(3)
@@ -226,6 +230,7 @@ def step_gradients(method: str, chunks: int, recompute: bool) -> dict[str, Tenso
     return {"loss": loss.detach(), **found}
 
 
+@pytest.mark.quick("A_ln-2", "in_place-1", "together-3")
 @pytest.mark.parametrize("chunks", [1, 2, 3])
 @every_method
 def test_recomputed_layers_have_the_same_loss_and_gradients_bit_for_bit(
@@ -253,6 +258,7 @@ def test_with_too_few_tokens_nothing_that_writes_learns_in_mode_a() -> None:
     assert still == {"theta_k.weight", "theta_v.weight", "lr_gate"}
 
 
+@pytest.mark.quick("B_ln", "together")
 @every_method
 def test_autocast_in_bfloat16_has_finite_gradients_and_float32_states(method: str) -> None:
     model, ids = adapted(method, dtype=torch.float32).train(), text()
@@ -279,6 +285,7 @@ def generate(model: torch.nn.Module, ids: Tensor, cache: Any, **options: Any) ->
     return model.generate(input_ids=ids, **{**given, **options})
 
 
+@pytest.mark.quick("A_ln-3", "in_place-1", "together-3")
 @pytest.mark.parametrize("beams", [1, 3])
 @every_method
 def test_decoding_equals_recomputation(method: str, beams: int) -> None:
@@ -306,6 +313,7 @@ def test_beams_take_their_state_along_and_a_wrong_variant_is_found() -> None:
     assert not torch.allclose(wrong, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.quick("A_plain", "together")
 @every_method
 def test_left_padded_prompts_generate_what_they_do_alone(method: str) -> None:
     model, ids = adapted(method, dtype=torch.float32), text()

@@ -49,6 +49,7 @@ def last_names(model: nn.Module) -> set[str]:
 # The base
 
 
+@pytest.mark.quick("llama-*", "gemma3-dtype0", "moshi-dtype2")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("architecture", KNOWN)
 def test_a_new_adapter_equals_the_base_bit_for_bit(architecture: str, dtype: torch.dtype) -> None:
@@ -67,6 +68,7 @@ def _place(layer: Any, name: str = "default") -> Any:
     return layer.ttt_lora_places[name]
 
 
+@pytest.mark.quick("None-gemma3", "None-moshi", "all-linear-llama")
 @pytest.mark.parametrize("architecture", KNOWN)
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 def test_known_architectures_get_all_linear_layers_but_the_head(

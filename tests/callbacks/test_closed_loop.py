@@ -136,6 +136,15 @@ def datamodule_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pl.Trainer, "fit", with_datamodule)
 
 
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of weights and numbers: drawing takes most of an evaluation's time."""
+    for name in (
+        "draw_paths", "draw_trajectory", "animate_episodes", "log_figure", "log_animation",
+    ):  # fmt: skip
+        monkeypatch.setattr(callbacks.closed_loop, name, lambda *args, **options: None)
+
+
 def run(folder: Path, *extra: pl.Callback, **options: Any) -> tuple[ActingModule, pl.Trainer]:
     torch.manual_seed(1)
     module = ActingModule()
@@ -218,6 +227,7 @@ def test_training_with_evaluation_is_bit_identical_to_training_without(tmp_path:
     assert [m.training for m in module.modules()] == [m.training for m in plain.modules()]
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_without_isolated_random_states_training_would_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +245,7 @@ def test_python_and_numpy_random_states_are_put_back(tmp_path: Path) -> None:
     assert (random.random(), np.random.rand()) == expected
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_the_averaged_weights_act_and_the_trained_ones_go_on(tmp_path: Path) -> None:
     plain, _ = run(tmp_path / "plain", ClosedLoopEvaluation(episodes=1, every_n_steps=1))
     module, _ = run(
@@ -254,6 +265,7 @@ def _alphas(module: ActingModule) -> list[Tensor]:
     return [alpha for alpha, _, new in module.acted if new[0]]
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_policy_that_does_not_fit_is_known_before_training(tmp_path: Path) -> None:
     evaluation = ClosedLoopEvaluation(episodes=1, at_start=False)
     module, trainer = run(tmp_path / "fits", evaluation)
@@ -269,6 +281,7 @@ def test_a_policy_that_does_not_fit_is_known_before_training(tmp_path: Path) -> 
         run(tmp_path / "refused", ClosedLoopEvaluation(at_start=False, at_end=False))
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_goal_is_hidden_as_the_datamodule_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,6 +292,7 @@ def test_goal_is_hidden_as_the_datamodule_says(
     assert (second[:, 2:] == 0).any()
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_resumed_run_is_not_evaluated_before_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -336,6 +350,7 @@ def test_the_trajectory_draws_rates_and_bands_at_their_steps() -> None:
     assert (axes.get_xlabel(), axes.get_title()) == ("step", "Toy")
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_model_checkpoint_can_keep_the_most_successful(tmp_path: Path) -> None:
     evaluation = ClosedLoopEvaluation(episodes=2, every_n_steps=2, at_start=False)
     best = ModelCheckpoint(
@@ -343,27 +358,6 @@ def test_model_checkpoint_can_keep_the_most_successful(tmp_path: Path) -> None:
     )
     run(tmp_path, evaluation, best, enable_checkpointing=True)
     assert best.best_model_score is not None
-
-
-@pytest.mark.parametrize(
-    ("successes", "n", "low", "high"),
-    [
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
-def test_wilson_interval_equals_newcombe_1998_table_1(
-    successes: int, n: int, low: float, high: float
-) -> None:
-    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
-
-
-def test_wilson_interval_contains_all_successes_and_rejects_nonsense() -> None:
-    assert wilson_interval(100, 100)[1] == 1.0
-    with pytest.raises(ValueError, match="3 successes of 2"):
-        wilson_interval(3, 2)
 
 
 class FakeTrainer:

@@ -26,6 +26,7 @@ def live_rows(idle_row: int | None) -> list[int]:
     return [row for row in range(ROWS) if row != idle_row]
 
 
+@pytest.mark.quick("row 2 out of files")
 @pytest.mark.parametrize("idle_row", LIVE.values(), ids=LIVE.keys())
 def test_gate_scalars_equal_numpy_over_all_steps_of_a_flush(
     tmp_path: Path, idle_row: int | None

@@ -53,6 +53,7 @@ def spy_on(folder: Path, callbacks: list[pl.Callback], **options: Any) -> SyncSp
     return spy
 
 
+@pytest.mark.quick("bf16-mixed-2")
 @pytest.mark.parametrize(("precision", "accumulate"), [("32-true", 1), ("bf16-mixed", 2)])
 def test_steps_between_flushes_never_wait_for_the_device(
     tmp_path: Path, precision: str, accumulate: int

@@ -236,6 +236,7 @@ class Marker(pl.Callback):
         self.spy.label = trainer.global_step + 1
 
 
+@pytest.mark.quick("bf16-mixed")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_steps_between_flushes_never_wait_and_a_flush_is_one_transfer(
     tmp_path: Path, precision: str

@@ -138,6 +138,7 @@ def test_the_folder_changes_with_every_setting() -> None:
     assert len(names) == 5
 
 
+@pytest.mark.quick("2")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_recording_never_looks_complete_and_a_rerun_completes(
     tmp_path: Path, workers: int

@@ -325,6 +325,7 @@ def test_nothing_waits_for_the_device(strategy: str, kind: str) -> None:
     assert not spy.events
 
 
+@pytest.mark.quick("token")
 @pytest.mark.parametrize("strategy", ["block", "token"])
 def test_the_router_compiles_to_one_graph(strategy: str) -> None:
     router, given = make_router(strategy), batch()

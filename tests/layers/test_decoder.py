@@ -90,6 +90,7 @@ class _Stack(nn.Module):
 CAUSAL = {"kind": "mlp", "num_heads": 2, "causal": True, "mini_batch_size": 3}
 
 
+@pytest.mark.quick("*-layer1", "replace_attn-*")
 @pytest.mark.parametrize("layer", [{"num_heads": 2}, {"kind": "mlp", "num_heads": 2}, CAUSAL])
 @pytest.mark.parametrize("mode", ["after_attn", "after_residual", "parallel_attn", "replace_attn"])
 def test_checkpointing_with_carried_state_changes_no_bit(layer: dict[str, Any], mode: str) -> None:

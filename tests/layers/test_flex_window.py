@@ -67,6 +67,7 @@ def test_fewer_blocks_than_all_are_visited() -> None:
     assert (blocks.kv_num_blocks + blocks.full_kv_num_blocks).max() == 3
 
 
+@pytest.mark.quick("both-16")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("size", [SIZE, 8])
 @pytest.mark.parametrize("kind", ["plain", "mask", "both"])

@@ -151,6 +151,7 @@ def test_a_target_reaches_later_chunks_alone(variant: str) -> None:
     assert not change[:CHUNK].any() and (change[CHUNK:] > 1e-4).all()
 
 
+@pytest.mark.quick("*-flags-causal", "*-flags-symmetric_clipped", "*6, 11]-*")
 @every_variant
 @pytest.mark.parametrize("given", [False, True], ids=["plain", "flags"])
 @pytest.mark.parametrize("sizes", SPLITS, ids=str)

@@ -28,6 +28,7 @@ def splits(length: int) -> list[list[int]]:
     return [[length], [1] * length, [4, 1, 5, 4], [6, 2, 6]]
 
 
+@pytest.mark.quick("*-float64")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", splits(14), ids=str)
 @pytest.mark.parametrize("name", FILES)

@@ -204,6 +204,7 @@ def test_forward_never_mutates_parameters_and_training_equals_evaluation(variant
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+@pytest.mark.quick("default", "muon")
 @pytest.mark.parametrize("variant", ["default", "muon", "stack3"])
 def test_checkpointed_chunks_of_a_stream_and_recomputation_equal_neither(variant: str) -> None:
     x, found = hidden(length=21).requires_grad_(), []

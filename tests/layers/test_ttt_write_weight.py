@@ -53,6 +53,7 @@ def test_weight_zero_equals_a_token_that_may_not_write(options: dict) -> None:
     assert torch.equal(both, expected)
 
 
+@pytest.mark.quick("options0", "options3", "options4")
 @pytest.mark.parametrize("options", VARIANTS)
 def test_gradients_reach_the_weights_of_tokens_that_others_read(options: dict) -> None:
     layer, x = _case(options)

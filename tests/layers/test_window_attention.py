@@ -94,6 +94,7 @@ def _read(
     return torch.cat(out, dim=1), state
 
 
+@pytest.mark.quick("None-*", "2-*", "5-both-*")
 @pytest.mark.parametrize("sizes", SPLITS, ids=str)
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("window", [None, 1, 2, 5, LENGTH, 100])

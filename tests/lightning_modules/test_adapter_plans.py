@@ -111,6 +111,7 @@ def expected_group(name: str) -> str:
     return "fast" if leaf in fast else "adapter"
 
 
+@pytest.mark.quick("*-state", "nested-pi0")
 @pytest.mark.parametrize("backbone", MAKE)
 @pytest.mark.parametrize("kind", [*KINDS, "gated", "named"])
 def test_every_adapter_parameter_is_in_a_group_and_none_of_the_base(
@@ -203,6 +204,7 @@ def test_compiled_training_equals_eager_with_the_losses_of_a_router() -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.quick("routed-state", "plain-state", "dataclass-state", "nested-pi0")
 @pytest.mark.parametrize("backbone", MAKE)
 @pytest.mark.parametrize("kind", ["routed", "nested", "plain", "dataclass"])
 def test_a_checkpoint_carries_the_plan_to_policy_and_fresh_module(

@@ -42,6 +42,13 @@ def _read(model: PreTrainedModel, ids: Tensor, cache: Any, sizes: list[int]) -> 
 # Decoding is reading
 
 
+@pytest.mark.quick(
+    "llama-ttt-*",
+    "*-ttt-4-dtype1",
+    "gemma3-lact-6-dtype0",
+    "gemma3-nested-4-dtype1",
+    "gemma3-top_1-1-dtype1",
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("prompt", [1, 4, 6])
 @pytest.mark.parametrize(("architecture", "adapter"), STATEFUL)
@@ -112,6 +119,7 @@ def test_generating_with_a_model_compiled_in_place_equals_eager() -> None:
 # Beams and rows
 
 
+@pytest.mark.quick("llama-ttt", "gemma3-lact", "gemma3-top_1")
 @pytest.mark.parametrize(("architecture", "adapter"), STATEFUL)
 def test_beam_search_equals_beam_search_that_reads_everything_again(
     architecture: str, adapter: str
@@ -212,6 +220,7 @@ def test_starting_from_committed_slots_equals_the_next_chunk_of_the_stream() -> 
     torch.testing.assert_close(FastState(cache.slots).outgoing, cache.slots, rtol=0, atol=0)
 
 
+@pytest.mark.quick("llama-ttt", "qwen3-lact")
 @pytest.mark.parametrize("adapter", ["ttt", "lact"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_generating_from_a_saved_memory_equals_generating_from_the_live_state(

@@ -85,6 +85,7 @@ def documents_alone(module: LaCTModule, chunk: dict[str, Tensor]) -> tuple[float
     return total, count
 
 
+@pytest.mark.quick("0-5")
 @pytest.mark.parametrize("save_after", [2, 5])
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_resumed_in_the_middle_of_files_equals_never_stopped(

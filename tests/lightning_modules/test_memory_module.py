@@ -103,6 +103,7 @@ def test_groups_have_their_rates_and_banks_no_decay(tmp_path: Path) -> None:
     assert bank is module.model.memory_banks[0].weight
 
 
+@pytest.mark.quick("stream-rolling", "packed-block")
 @pytest.mark.parametrize("strategy", ["block", "token", "rolling"])
 @pytest.mark.parametrize("mode", ["stream", "packed"])
 def test_resumed_equals_never_stopped(strategy: str, mode: str, tmp_path: Path) -> None:

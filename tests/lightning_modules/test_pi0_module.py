@@ -48,6 +48,7 @@ def moved(module: ActionExpertModule) -> ActionExpertModule:
     return module.eval()
 
 
+@pytest.mark.quick("False-added", "True-lora")
 @pytest.mark.parametrize("train", ["added", "lora", "expert", "all"])
 @pytest.mark.parametrize("pretrained", [False, True])
 def test_the_policy_of_a_checkpoint_acts_as_its_module(

@@ -94,6 +94,7 @@ def assert_same(first, second) -> None:
 STEPS = 17  # an epoch has 8 batches (tbptt 1): two epoch boundaries
 
 
+@pytest.mark.quick("2")
 @pytest.mark.parametrize("tbptt", [1, 2])
 def test_stopped_twice_at_any_step_equals_never_stopped(tmp_path: Path, tbptt: int) -> None:
     whole = train(tmp_path, [STEPS], tbptt=tbptt)

@@ -78,6 +78,7 @@ def _same(actual: Slots, expected: Slots) -> bool:
 # Reading on
 
 
+@pytest.mark.quick("ttt-*", "lact-sizes1", "routed-sizes2", "nested-sizes0")
 @pytest.mark.parametrize("sizes", SPLITS)
 @pytest.mark.parametrize("adapter", ADAPTER_NAMES)
 def test_reading_on_from_a_file_equals_never_having_stopped_bit_for_bit(

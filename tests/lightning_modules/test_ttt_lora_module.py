@@ -40,6 +40,7 @@ def validate(folder: Path, module: TTTLoRAModule, **data: Any) -> float:
     return trainer.validate(module, make_data(folder, **data), verbose=False)[0]["val/loss"]
 
 
+@pytest.mark.quick("in_place", "ttt_lora+lora")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_starts_as_the_base_trains_what_it_adds_and_leaves_the_base_alone(
     method: str, pretrained: str, tmp_path: Path
@@ -77,6 +78,7 @@ def test_nothing_added_to_a_frozen_model_leaves_nothing_to_train(
         train(tmp_path, make_module("none", pretrained=pretrained), 1)
 
 
+@pytest.mark.quick("none", "ttt_lora")
 @pytest.mark.parametrize("method", ["none", *METHODS])
 def test_from_scratch_the_base_is_trained_too(method: str, tmp_path: Path) -> None:
     module = make_module(method)
@@ -127,6 +129,7 @@ class SaveAll(Trace):
         self.path = folder
 
 
+@pytest.mark.quick("ttt_lora-1")
 @pytest.mark.parametrize("tbptt", [1, 2])
 @pytest.mark.parametrize("method", ["ttt_lora", "in_place"])
 def test_stopped_after_any_step_equals_never_stopped(
@@ -174,6 +177,7 @@ def test_resuming_with_other_rows_names_the_fix(
     assert not trace.losses
 
 
+@pytest.mark.quick("ttt_lora")
 @pytest.mark.parametrize("method", METHODS)
 def test_gradient_checkpointing_changes_no_bit(
     method: str, pretrained: str, tmp_path: Path
@@ -195,6 +199,7 @@ def test_gradient_checkpointing_changes_no_bit(
     assert_same_weights(*modules)
 
 
+@pytest.mark.quick("in_place")
 @pytest.mark.parametrize("method", ["ttt_lora", "in_place"])
 def test_validation_in_the_middle_leaves_training_bit_identical(
     method: str, pretrained: str, tmp_path: Path
@@ -211,6 +216,7 @@ def test_validation_in_the_middle_leaves_training_bit_identical(
     assert_same_streams(validated, whole)
 
 
+@pytest.mark.quick("in_place")
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["ttt_lora", "in_place"])
 def test_reset_reads_every_chunk_by_itself_and_carry_does_not(
@@ -239,6 +245,7 @@ def make_data_of(folder: Path) -> Any:
     return data
 
 
+@pytest.mark.quick("ttt_lora+lora")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_checkpoint_holds_the_adapters_alone_and_goes_into_its_base_only(
     method: str, pretrained: str, tmp_path: Path

@@ -100,6 +100,7 @@ def test_peft_itself_reads_the_files(method: str, part: str, tmp_path: Path) -> 
     assert torch.equal(logits(by_peft, ids), logits(model, ids))
 
 
+@pytest.mark.quick("in_place", "ttt_lora+lora")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_trained_module_saves_what_a_fresh_base_reads(method: str, tmp_path: Path) -> None:
     name = save_pretrained(tmp_path)

@@ -41,6 +41,7 @@ def hooks(model: nn.Module) -> int:
     return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
 
 
+@pytest.mark.quick("llama-*", "*-True-dtype0", "gemma3-False-dtype2")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -39,6 +39,7 @@ def _no_grad() -> Any:
 # Decoding is reading
 
 
+@pytest.mark.quick("default-*", "muon-sizes1", "stack3-sizes3")
 @pytest.mark.parametrize("sizes", [[1] * 17, [4, 4, 9], [5, 1, 1, 10], [3, 1, 13], [16, 1]])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_decoding_equals_prefill_however_the_tokens_are_split(
@@ -52,6 +53,7 @@ def test_decoding_equals_prefill_however_the_tokens_are_split(
     assert cache.get_seq_length() == whole.get_seq_length() == 17
 
 
+@pytest.mark.quick("default-*", "muon-4", "stack3-5")
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_greedy_decoding_equals_reading_everything_again(variant: str, length: int) -> None:
@@ -124,6 +126,7 @@ def test_a_call_makes_a_cache_from_which_the_next_goes_on() -> None:
 # Beams and rows
 
 
+@pytest.mark.quick("default-4", "stack2-5")
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("variant", ["default", "low_rank", "stack2"])
 def test_beam_search_equals_beam_search_that_reads_everything_again(
@@ -172,6 +175,7 @@ def test_reordered_repeated_and_selected_rows_equal_rows_read_like_that() -> Non
         torch.testing.assert_close(actual, _read(model, following, expected, [1, 1]), **CLOSE)
 
 
+@pytest.mark.quick("default")
 @pytest.mark.parametrize("variant", ["default", "muon", "stack3"])
 def test_rows_of_any_length_padded_on_the_left_equal_each_alone(variant: str) -> None:
     model, prompts = lact_model(variant), [token_ids(1, n, seed=n) for n in (1, 4, 5, 11)]

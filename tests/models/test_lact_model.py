@@ -72,6 +72,7 @@ def test_a_state_dict_with_the_published_names_loads(rank: int | None, qk_norm: 
     assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == shapes
 
 
+@pytest.mark.quick("default-False", "low_rank-True", "stack2-True")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("variant", ["default", "low_rank", "stack2"])
 def test_a_saved_model_loads_with_equal_bytes(variant: str, tied: bool, tmp_path: Path) -> None:
@@ -226,6 +227,7 @@ def _gradients(model: LaCTForCausalLM, loss: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.quick("default", "muon", "stack3")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_chunks_of_a_step_have_the_gradients_of_one_pass_with_and_without_checkpointing(
     variant: str,

@@ -43,6 +43,7 @@ def changed_before(model: torch.nn.Module, place: int) -> float:
     return difference[:, :place].max().item()
 
 
+@pytest.mark.quick("B-*", "A-rolling")
 @pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("variant", ["A", "B"])
 def test_no_logit_depends_on_a_later_token(kind: str, variant: str) -> None:
@@ -71,6 +72,7 @@ def decode(model: torch.nn.Module, ids: Tensor, calls: list[int], **context: Any
     return torch.cat(parts, dim=1)
 
 
+@pytest.mark.quick("*-calls1", "rolling-*", "mixture-calls3")
 @pytest.mark.parametrize("calls", [[1] * LENGTH, [5, 1, 1, 7], [BLOCK, BLOCK, 6], [9, 5]])
 @pytest.mark.parametrize("kind", [k for k in EVERY if k != "prompt"])
 def test_decoding_equals_one_pass(kind: str, calls: list[int]) -> None:

@@ -33,6 +33,7 @@ def equal(a: Slots, b: Slots) -> bool:
     return all(torch.equal(a[slot][name], b[slot][name]) for slot in a for name in a[slot])
 
 
+@pytest.mark.quick("expert-False-False", "lora-True-True")
 @pytest.mark.parametrize("adarms", [False, True])
 @pytest.mark.parametrize("with_ttt", [False, True])
 @pytest.mark.parametrize("train", ["expert", "lora"])
@@ -51,6 +52,7 @@ def test_closed_gates_sample_what_the_official_model_samples_bit_for_bit(
     assert torch.equal(module.sample_actions(chunk, None, generator), expected[..., :3])
 
 
+@pytest.mark.quick("True")
 @pytest.mark.parametrize("adarms", [False, True])
 def test_open_gates_and_another_layer_sample_something_else(official, adarms: bool) -> None:
     folder, reference = official
@@ -103,6 +105,9 @@ def test_the_condition_of_each_euler_step_is_its_own() -> None:
     assert not torch.allclose(sample(module, chunk, noise, 4), right)
 
 
+@pytest.mark.quick(
+    "after_attn-none", "after_residual-tanh", "parallel_attn-adarms", "replace_attn-adarms_tanh"
+)
 @pytest.mark.parametrize("gate", ["none", "tanh", "adarms", "adarms_tanh"])
 @pytest.mark.parametrize("mode", ["after_attn", "after_residual", "parallel_attn", "replace_attn"])
 def test_what_the_state_token_writes_depends_on_neither_noise_nor_time(

@@ -44,6 +44,7 @@ def expected_to_train(name: str, train: str) -> bool:
     return train in ("expert", "all")
 
 
+@pytest.mark.quick("added-False", "*-True")
 @pytest.mark.parametrize("adarms", [False, True])
 @pytest.mark.parametrize("train", ["added", "lora", "expert", "all"])
 def test_exactly_what_the_plan_names_is_trained_and_changes(train: str, adarms: bool) -> None:
@@ -129,6 +130,7 @@ def test_official_checkpointing_loses_the_prefix_so_a_cache_that_saw_nothing_is_
         PrefixRecorder().prefix()
 
 
+@pytest.mark.quick("float32-False", "bfloat16-True")
 @pytest.mark.parametrize("adarms", [False, True])
 @pytest.mark.parametrize("vlm_dtype", ["float32", "bfloat16"])
 def test_one_step_in_bfloat16_mixed_precision_is_near_float32(vlm_dtype: str, adarms: bool) -> None:

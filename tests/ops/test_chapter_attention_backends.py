@@ -33,6 +33,7 @@ def test_paths_are_what_their_names_say(path: str, monkeypatch: pytest.MonkeyPat
     assert len(calls) == path.startswith("sorted")
 
 
+@pytest.mark.quick("*-joint", "one_block-mixture", "decoding-mixture")
 @pytest.mark.parametrize("mixing", ["joint", "mixture"])
 @pytest.mark.parametrize("path", PATHS)
 def test_torch_is_naive_on_every_path(path: str, mixing: str) -> None:
@@ -46,6 +47,7 @@ def test_torch_is_naive_with_one_softmax_for_each_shared_chapter(path: str) -> N
     check_backends(make_case(top_k=2, **options, **PATHS[path]))
 
 
+@pytest.mark.quick("*-heads1")
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1), (6, 2)])
 @pytest.mark.parametrize("path", PATHS)
 def test_torch_is_naive_with_grouped_heads(path: str, heads: tuple[int, int]) -> None:

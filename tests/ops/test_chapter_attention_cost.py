@@ -52,6 +52,7 @@ def test_no_gathered_row_is_kept_for_the_backward_pass(path: str, mixing: str) -
     assert outputs < saved_elements(case) < 6 * outputs < gathered / 20
 
 
+@pytest.mark.quick("joint-*", "mixture-decoding")
 @pytest.mark.parametrize("path", BIG)
 @pytest.mark.parametrize("mixing", ["joint", "mixture"])
 def test_rows_add_no_copies_of_the_bank(

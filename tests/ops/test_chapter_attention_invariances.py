@@ -87,6 +87,7 @@ def test_joint_is_the_recombination_of_single_chapters(path: str, backend: str) 
     assert relative_error(unweighted, expected) > 0.1
 
 
+@pytest.mark.quick("*--inf-joint-torch", "*--10000.0-mixture-torch", "sorted-*-naive")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mixing", ["joint", "mixture"])
 @pytest.mark.parametrize("weight", [-1e4, -torch.inf])

@@ -32,6 +32,9 @@ def check_backends(case: Case) -> None:
     assert_same(gradients, expected_gradients, 1e-10, "torch gradient of")
 
 
+@pytest.mark.quick(
+    "*-1-('mask',)", "*-3-('document_ids',)", "*-5-('mask', 'document_ids')", "*-30-()"
+)
 @pytest.mark.parametrize("given", [(), ("mask",), ("document_ids",), FLAGS], ids=str)
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 5, 30])
 @pytest.mark.parametrize("form", FORMS)

@@ -68,6 +68,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.quick("*-given4", "muon_of_tall_and_wide-*")
 @pytest.mark.parametrize("given", [(), ("mask",), ("document_ids",), ("state",), FLAGS])
 @pytest.mark.parametrize("name", FEATURES)
 def test_torch_is_naive_with_one_feature(name: str, given: tuple[str, ...]) -> None:
@@ -109,6 +110,7 @@ def random_case(draw: random.Random, seed: int) -> Case:
     return carried_state(case, seed, draw.randint(1, 9)) if draw.random() < 0.6 else case
 
 
+@pytest.mark.quick("?")
 @pytest.mark.parametrize("seed", range(40))
 def test_torch_is_naive_for_random_options(seed: int) -> None:
     check_backends(random_case(random.Random(seed), seed))
@@ -131,6 +133,7 @@ def test_torch_is_naive_from_a_state_without_a_graph(prenorm: bool, flags: tuple
     assert_same(gradients["torch"], gradients["naive"], 1e-10, "torch gradient of")
 
 
+@pytest.mark.quick("1")
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_second_derivatives_are_numerical(blocks: int) -> None:
     case = make_case(
@@ -141,6 +144,7 @@ def test_second_derivatives_are_numerical(blocks: int) -> None:
     assert gradgradcheck(function, leaves, fast_mode=True, atol=1e-6)
 
 
+@pytest.mark.quick("momentum-*", "stack_per_channel-torch")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["momentum", "prenorm", "per_channel", "stack_per_channel"])
 def test_float32_is_close_to_naive_float64(name: str, backend: str) -> None:

@@ -48,6 +48,7 @@ def moved(case: Case, names: tuple[str, ...], t: int) -> Case:
     return case.with_tensors(**changed)
 
 
+@pytest.mark.quick("flags-*")
 @every_form
 @every_backend
 @pytest.mark.parametrize("given", [(), FLAGS, ("state",)], ids=["fresh", "flags", "state"])
@@ -90,6 +91,7 @@ def test_row_alone_is_row_in_batch(backend: str, form: str) -> None:
         assert_same(alone, here, exact(backend), backend)
 
 
+@pytest.mark.quick("1-*", "4-torch-stack")
 @every_form
 @every_backend
 @pytest.mark.parametrize("seed", range(6))
@@ -107,6 +109,7 @@ def test_one_pass_is_any_split(seed: int, backend: str, form: str) -> None:
     assert_same(gradients, expected_gradients, 1e-9, f"{what}: gradient of")
 
 
+@pytest.mark.quick("uneven-12-*")
 @every_form
 @every_backend
 @pytest.mark.parametrize("time", [11, 12, 13])

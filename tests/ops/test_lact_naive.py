@@ -106,6 +106,7 @@ def test_gradients_are_numerical_derivatives(name: str, backend: str) -> None:
     assert gradcheck(function, leaves, atol=1e-6)
 
 
+@pytest.mark.quick("torch")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_by_a_carried_state_are_numerical_derivatives(backend: str) -> None:
     case = carried_state(tiny_case(prenorm=True), seed=1, time=4).tokens(slice(0, 3))

@@ -125,6 +125,7 @@ def check_one_call(name: str, backend: str, dtype: torch.dtype) -> None:
     check_gradients(case, data, o, tolerance_grad)
 
 
+@pytest.mark.quick("*-float64-torch", "post_mom_C5_T17-*", "*_muon_*-float64-naive")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ONE_CALL)

@@ -19,6 +19,7 @@ def _loaded_after(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", HEAVY)
 def test_ops_import_loads_torch_only(loaded_by_ops: set[str], package: str) -> None:
     assert "torch" in loaded_by_ops

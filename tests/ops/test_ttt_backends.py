@@ -32,6 +32,7 @@ def check_backends(case: Case, flush: bool) -> None:
     assert_same(gradients, expected_gradients, 1e-9, "torch gradient of")
 
 
+@pytest.mark.quick("1-*", "51-*")
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("time", [1, 8, 16, 50, 51, 64, 100])
@@ -39,6 +40,7 @@ def test_torch_is_naive_on_odd_sizes(time: int, form: str, layer: str) -> None:
     check_backends(case_of(FORMS[form], layer, time, batch=1), flush=False)
 
 
+@pytest.mark.quick("1-*", "51-*")
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("time", [1, 8, 16, 50, 51, 64, 100])
@@ -48,6 +50,7 @@ def test_torch_is_naive_with_everything(time: int, form: str, layer: str) -> Non
     check_backends(case, flush=time % 2 == 0)
 
 
+@pytest.mark.quick("*-causal-linear", "*-call-mlp")
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("feature", [*FLAGS, "per_row", "state", "flush", "eps"])
@@ -72,6 +75,7 @@ def test_torch_is_naive_for_any_mini_batch_size(
     check_backends(carried_state(random_flags(case, 5, *FLAGS), seed=6), flush=False)
 
 
+@pytest.mark.quick("*-linear", "torch-call-mlp")
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("form", TINY)
 @pytest.mark.parametrize("backend", ["naive", "torch"])
@@ -94,6 +98,7 @@ def test_default_token_eta_is_one_over_position(backend: str, layer: str) -> Non
     assert_same(outputs(*default.run(backend)), outputs(*given.run(backend)), 1e-14, backend)
 
 
+@pytest.mark.quick("torch-*-linear", "torch-call-mlp", "naive-scan-linear")
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", ["naive", "torch"])
@@ -129,6 +134,7 @@ def test_bfloat16_under_autocast_computes_in_float32(backend: str, form: str, la
     assert_same(state._asdict(), expected_state._asdict(), 0, backend)
 
 
+@pytest.mark.quick("causal-linear", "call-linear")
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("form", TINY)
 def test_second_derivatives_are_numerical_or_an_error(form: str, layer: str) -> None:

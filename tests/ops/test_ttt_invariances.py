@@ -76,6 +76,7 @@ def test_row_alone_is_row_in_batch(form: str, backend: str, layer: str) -> None:
     assert gradients["w" if layer == "linear" else "w1"].shape[0] == 3
 
 
+@pytest.mark.quick("*-torch-*", "3-naive-linear")
 @every_layer
 @every_backend
 @pytest.mark.parametrize("seed", range(4))
@@ -152,6 +153,7 @@ def test_zeroed_row_is_fresh_row(form: str, backend: str, layer: str) -> None:
     assert not torch.equal(kept_on["o"][0], fresh["o"][0])
 
 
+@pytest.mark.quick("*-torch-*", "0-*-naive-linear")
 @every_layer
 @every_backend
 @every_form

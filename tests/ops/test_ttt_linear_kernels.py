@@ -44,12 +44,14 @@ def check(case: Case, against: str = "naive", **options: Any) -> None:
     assert_same(gradients, expected_gradients, 1e-9, "triton gradient of")
 
 
+@pytest.mark.quick("1-*", "21-scan")
 @every_form
 @pytest.mark.parametrize("time", [1, 21])
 def test_triton_is_naive_on_odd_sizes(time: int, form: str) -> None:
     check(case_of(form, time))
 
 
+@pytest.mark.quick("call")
 @pytest.mark.parametrize(
     "form", ["causal", "call", *(pytest.param(f, marks=pytest.mark.slow) for f in SLOW_FORMS)]
 )
@@ -72,6 +74,7 @@ def test_triton_is_naive_with_one_feature(feature: str, form: str) -> None:
     check(case, flush=feature == "flush")
 
 
+@pytest.mark.quick("32-16", "128-20")
 @pytest.mark.parametrize(("size", "mini_batch_size"), [(32, 16), (96, 4), (128, 20)])
 def test_triton_is_torch_for_head_sizes_of_models(size: int, mini_batch_size: int) -> None:
     check(
@@ -100,6 +103,7 @@ def test_triton_is_torch_with_everything_on_long_rows(time: int, form: str) -> N
     check(carried_state(case, seed=time, time=19), against="torch", flush=time % 2 == 0)
 
 
+@pytest.mark.quick("causal", "call")
 @every_form
 def test_float32_is_close_to_naive_float64(form: str) -> None:
     case = carried_state(random_flags(case_of(form, 21), 1, "mask", "write_mask"), seed=2)
@@ -132,6 +136,7 @@ def test_one_pass_is_any_split(seed: int) -> None:
     assert_same(gradients, expected_gradients, 1e-10, f"cut at {cuts}: gradient of")
 
 
+@pytest.mark.quick("call")
 @pytest.mark.parametrize("form", ["causal", "call"])
 def test_masked_tokens_are_never_looked_at(form: str) -> None:
     case = case_of(form, 11).with_options(mask=torch.arange(11)[None] % 3 != 1)

@@ -40,6 +40,7 @@ def test_torch_is_naive_with_everything(time: int, form: str) -> None:
     check_backends(with_everything(case, seed=time))
 
 
+@pytest.mark.quick("?-A_plain", "?-B_ln")
 @every_form
 @pytest.mark.parametrize("seed", range(12))
 def test_torch_is_naive_with_dense_masks_and_documents(seed: int, form: str) -> None:
@@ -50,6 +51,7 @@ def test_torch_is_naive_with_dense_masks_and_documents(seed: int, form: str) -> 
     check_backends(case.with_options(mask=mask, document_ids=ids))
 
 
+@pytest.mark.quick("None-*", "2-B_ln")
 @every_form
 @pytest.mark.parametrize("pending", [None, *range(4)])
 def test_torch_is_naive_for_every_mask_of_seven_tokens(pending: int | None, form: str) -> None:
@@ -62,6 +64,7 @@ def test_torch_is_naive_for_every_mask_of_seven_tokens(pending: int | None, form
     assert_same(outputs(*case.run("torch")), outputs(*case.run("naive")), 1e-11, "torch")
 
 
+@pytest.mark.quick("*-A_plain", "*-B_ln")
 @every_form
 @pytest.mark.parametrize("feature", ["mask", "document_ids", "state", "group", "eps", "no_adapt"])
 def test_torch_is_naive_with_one_feature(feature: str, form: str) -> None:
@@ -104,6 +107,7 @@ def test_group_is_its_members_alone(form: str, backend: str) -> None:
         assert_same(own._asdict(), alone._asdict(), 1e-12, backend)
 
 
+@pytest.mark.quick("flags0-*-torch", "flags1-A_plain-naive", "flags2-B_ln-torch")
 @every_backend
 @every_form
 @pytest.mark.parametrize("flags", [(), ("mask",), ("document_ids",)])
@@ -117,6 +121,7 @@ def test_gradients_are_numerical_derivatives(
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True, atol=1e-6)
 
 
+@pytest.mark.quick("A_plain")
 @every_form
 def test_second_derivatives_are_numerical_or_an_error(form: str) -> None:
     case = case_of(form, 3, mini_batch_size=2, size=2, batch=1)

@@ -35,6 +35,7 @@ def changed_outputs(case: LoRACase, backend: str, t: int, *names: str) -> torch.
     return (case.with_tensors(**changed).run(backend)[0] != o).any(-1)
 
 
+@pytest.mark.quick("*-torch", "A_plain-naive")
 @every_backend
 @every_form
 def test_outputs_before_a_changed_token_are_bit_identical(form: str, backend: str) -> None:
@@ -79,6 +80,7 @@ def test_one_pass_is_a_split_at_every_position(form: str, backend: str) -> None:
         assert_same(pieces, expected, exact(backend), f"{backend} cut at {cut}")
 
 
+@pytest.mark.quick("*-torch", "2-A_plain-naive")
 @every_backend
 @every_form
 @pytest.mark.parametrize("seed", range(3))

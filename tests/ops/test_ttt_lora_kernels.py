@@ -33,12 +33,14 @@ def check_triton(case: LoRACase) -> None:
 # Quick: every feature once
 
 
+@pytest.mark.quick("A_plain")
 @two_forms
 def test_triton_is_naive_with_everything(form: str) -> None:
     case = case_of(form, 10, batch=2, mini_batch_size=3, size=3)
     check_triton(with_everything(case, seed=2))
 
 
+@pytest.mark.quick("B_ln")
 @two_forms
 def test_triton_is_naive_without_masks_from_an_open_mini_batch(form: str) -> None:
     check_triton(carried_state(case_of(form, 9, batch=2, size=3), seed=1))

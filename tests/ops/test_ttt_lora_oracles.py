@@ -104,6 +104,7 @@ def check_state(state: TTTLoRAState, data: dict[str, Tensor], about: dict[str, A
         assert_close(getattr(state, name)[:, :length] * here, data[name] * here, about, name)
 
 
+@pytest.mark.quick("*-float64-torch", "B_ln_initial_state_masked-*")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("file", FILES)
@@ -131,6 +132,7 @@ def test_layer_matches_independent_loop(file: str, dtype: str, backend: str) -> 
             assert_close(got, data[f"{prefix}/{name}"], about, f"{prefix}/{name}")
 
 
+@pytest.mark.quick("*-torch", "A_ln_m4-naive")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("file", FILES)
 def test_split_stream_matches_independent_loop(file: str, backend: str) -> None:

@@ -60,6 +60,7 @@ def check_against_autograd(case, flush: bool) -> None:
     assert_same(gradients, expected_gradients, 1e-10, "naive gradient of")
 
 
+@pytest.mark.quick("16-*", "51-*-linear")
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize(
     ("causal", "size"), [(True, 16), (False, 16), (False, None)], ids=["causal", "scan", "call"]
@@ -70,6 +71,7 @@ def test_plain_loop_is_autograd_loop(time: int, causal: bool, size: int | None, 
     check_against_autograd(case, flush=True)
 
 
+@pytest.mark.quick("keep-*-linear", "flush-call-mlp")
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize(
     ("causal", "size"), [(True, 5), (False, 5), (False, None)], ids=["causal", "scan", "call"]

@@ -95,6 +95,7 @@ def test_causal_matches_ttt_lm_pytorch(path: str, dtype: torch.dtype, backend: s
     check_oracle(path, backend, dtype)
 
 
+@pytest.mark.quick("*-float64-torch", "*_L51-*")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize(
