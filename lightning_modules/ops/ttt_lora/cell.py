@@ -61,14 +61,14 @@ def ttt_lora_cell(
         TypeError: if the state is of another op.
     """
     group, _, d = base.shape
-    inner = projected[..., : 3 * group * d].unflatten(-1, (3, group, d))
-    k, q, v = inner.unbind(2)
-    both = (None, None) if norm is None or loss == "plain" else (norm[:, 0], norm[:, 1])
-    weights, flags = (base[:, :-1], base[:, -1]), (mask, document_ids)
+    flags = (mask, document_ids)
+    # Views that autograd follows cost the host as much as a launch: the kernels need none.
+    views = projected.detach(), base.detach(), None if norm is None else norm.detach()
+    (q, k, v), weights, both = _parts(*views, loss)
     check_ttt_lora(q, k, v, eta, *weights, mini_batch_size, mode, loss, both, *flags, state)
     function = choose_backend(backend, q, mini_batch_size)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    rates = (eta if adapt else torch.zeros_like(eta)).expand(q.shape[:3])
+    rates = eta if adapt else torch.zeros_like(eta)
     if function is triton_ttt_lora:
         plan = _shared_plan(projected, mini_batch_size, *flags, state, shared)
         width = d + -d % 8
@@ -77,6 +77,8 @@ def ttt_lora_cell(
         behind = None if norm is None else norm.to(dtype)
         in_loss = behind if loss == "ln" else None
         return run(call, (projected,), rates, base.to(dtype), in_loss, behind, state)
+    (q, k, v), weights, both = _parts(projected, base, norm, loss)
+    rates = rates.expand(q.shape[:3])
     with torch.autocast(autocast_device(q.device), enabled=False):
         q, k = (normalize(x.to(dtype), dim=-1, eps=1e-12) for x in (q, k))
         options = {"mini_batch_size": mini_batch_size, "mode": mode, "norm_eps": norm_eps}
@@ -88,6 +90,17 @@ def ttt_lora_cell(
             o = torch.addcmul(beta, layer_norm(o, (d,), eps=norm_eps), gamma)
         o = o + q if q_residual else o
     return o.to(projected.dtype), new
+
+
+def _parts(
+    projected: Tensor, base: Tensor, norm: Tensor | None, loss: str
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+    """Views of q, k and v, of w_base and b_base, and of the norm in the loss."""
+    group, _, d = base.shape
+    k, q, v = projected[..., : 3 * group * d].unflatten(-1, (3, group, d)).unbind(2)
+    inside = norm if loss == "ln" else None
+    both = (None, None) if inside is None else (inside[:, 0], inside[:, 1])
+    return (q, k, v), (base[:, :-1], base[:, -1]), both
 
 
 def _shared_plan(

@@ -81,13 +81,33 @@ def add_open(dk, dv, deta, open_k, open_v, open_eta, groups, slot, live, D: tl.c
 
 
 @triton.jit
-def store_sums(pointer, block, x, y, D: tl.constexpr, WANTED: tl.constexpr):
-    """Sums over the tokens of a block, `[2, d]`."""
-    column = tl.arange(0, x.shape[1])
-    if WANTED:
-        first = pointer + block * 2 * D + column
-        tl.store(first, tl.sum(x, 0), mask=column < D)
-        tl.store(first + D, tl.sum(y, 0), mask=column < D)
+def store_sums(
+    sums,
+    dgamma,
+    dbeta,
+    dgain,
+    dshift,
+    deta,
+    D: tl.constexpr,
+    LN: tl.constexpr,
+    OUTPUT_NORM: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+):
+    """Sums over the tokens of a block, one after the other: of both norms `[2, d]`, of eta `[1]`.
+
+    What is not there takes no room: a norm, and the sum of eta where it is per token.
+    """
+    column = tl.arange(0, dgamma.shape[1])
+    if LN:
+        tl.store(sums + column, tl.sum(dgamma, 0), mask=column < D)
+        tl.store(sums + D + column, tl.sum(dbeta, 0), mask=column < D)
+        sums += 2 * D
+    if OUTPUT_NORM:
+        tl.store(sums + column, tl.sum(dgain, 0), mask=column < D)
+        tl.store(sums + D + column, tl.sum(dshift, 0), mask=column < D)
+        sums += 2 * D
+    if not PER_TOKEN:
+        tl.store(sums, tl.sum(deta, 0))
 
 
 @triton.jit
@@ -134,8 +154,7 @@ def token_backward_kernel(
     grad_k,
     grad_v,
     grad_eta,
-    grad_norm,
-    grad_output_norm,
+    sums,
     sb,
     st,
     sg,
@@ -167,14 +186,28 @@ def token_backward_kernel(
     OUTPUT_NORM: tl.constexpr,
     RESIDUAL: tl.constexpr,
     OPEN: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    SUMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BEHIND: tl.constexpr,
+    BEHIND_TILE: tl.constexpr,
 ):
-    """Gradients of the tokens of one block. Grid: `(blocks, B * G)`."""
+    """Gradients of the tokens of one block. Grid: `(blocks, B * G)`.
+
+    Behind the blocks' SUMS numbers there is room for ROWS times as many, behind k, q and v there
+    are BEHIND columns.
+    """
     n, pid = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, member, matrix = pid // groups, pid % groups, (D + 1) * D
     waiting = waiting_in(counts, row, time, STATE)
     count, opened = extent_of(plan_rows, waiting, row, time, SIZE, PLANNED)
     block = pid * blocks + n
+    sums += (pid * (blocks + ROWS) + n) * SUMS
+    none = tl.zeros([M, BD], ACC)
     if n >= count:
+        store_sums(
+            sums, none, none, none, none, tl.zeros([M], ACC), D, LN, OUTPUT_NORM, PER_TOKEN
+        )
         return
     start, stop, _, _, before, slot = block_of(plan, waiting, row, n, blocks, time, SIZE, PLANNED)
     token, own = row * sb + member * sg, row * time * groups + member
@@ -215,13 +248,18 @@ def token_backward_kernel(
     first = row * gb + member * gg
     store_tokens(grad_q + first, grad_k + first, grad_v + first, start, gt, inside, live,
                  dq, unit_backward(dk, kt, UNIT), dv, D)  # fmt: skip
-    of_eta = grad_eta + (row * time + start + tl.arange(0, M)) * groups + member
-    tl.store(of_eta, tl.where(live, deta, 0.0), mask=inside)
-    store_sums(grad_norm, block, dgamma, dbeta, D, LN)
-    store_sums(grad_output_norm, block, dgain, grad, D, OUTPUT_NORM)
+    if BEHIND > 0:
+        # k comes first in a token's row.
+        rest, other = grad_k + row * gb + 3 * groups * D, inside & (member == 0)
+        store_rows(rest, start, gt, other, tl.zeros([M, BEHIND_TILE], ACC), BEHIND)
+    deta = tl.where(live, deta, 0.0)
+    if PER_TOKEN:
+        of_eta = grad_eta + (row * time + start + tl.arange(0, M)) * groups + member
+        tl.store(of_eta, deta, mask=inside)
+    store_sums(sums, dgamma, dbeta, dgain, grad, deta, D, LN, OUTPUT_NORM, PER_TOKEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time", "blocks"])
 def pending_backward_kernel(
     k,
     v,
@@ -238,8 +276,9 @@ def pending_backward_kernel(
     grad_k,
     grad_v,
     grad_eta,
-    grad_norm,
+    sums,
     time,
+    blocks,
     groups,
     eps,
     SIZE: tl.constexpr,
@@ -251,8 +290,12 @@ def pending_backward_kernel(
     LN: tl.constexpr,
     PLANNED: tl.constexpr,
     OPEN: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
-    """Gradients of the tokens that the state held. Grid: `(B * G,)`."""
+    """Gradients of the tokens that the state held. Grid: `(B * G,)`.
+
+    The sums of the norm in the loss come in a row of their own behind those of the blocks.
+    """
     pid = tl.program_id(0).to(tl.int64)
     row, member, matrix, wide = pid // groups, pid % groups, (D + 1) * D, groups * D
     waiting = waiting_in(counts, row, time, True)
@@ -287,4 +330,7 @@ def pending_backward_kernel(
     store_rows(grad_k + own, 0, wide, inside, dk, D)
     store_rows(grad_v + own, 0, wide, inside, dv, D)
     tl.store(grad_eta + of_eta + place * groups, tl.where(live, deta, 0.0), mask=inside)
-    store_sums(grad_norm, pid, dgamma, dbeta, D, LN)
+    if LN:
+        column, sums = tl.arange(0, BD), sums + (pid * (blocks + 1) + blocks) * SUMS
+        tl.store(sums + column, tl.sum(dgamma, 0), mask=column < D)
+        tl.store(sums + D + column, tl.sum(dbeta, 0), mask=column < D)
