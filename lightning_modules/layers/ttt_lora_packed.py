@@ -1,0 +1,229 @@
+"""Weights of the adapters of a decoder layer, cast and laid out for the kernels all at once.
+
+A layer has several groups of adapters with nine parameters in each: to cast, pad and concatenate
+them one by one costs the host of a GPU more than the kernels cost the GPU. Nothing is kept from
+one call to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lightning_modules.layers.ttt_lora import Packed, TTTLoRACell
+
+Grads = Sequence[Tensor | None]
+
+
+class GroupShape(NamedTuple):
+    """Sizes of the packed weights of a group.
+
+    Attributes:
+        count: G.
+        d: inner size.
+        inputs: of the linear layers.
+        outputs: of each linear layer.
+        norm: whether there are norms.
+    """
+
+    count: int
+    d: int
+    inputs: int
+    outputs: tuple[int, ...]
+    norm: bool
+
+    @classmethod
+    def of(cls, cells: Sequence[TTTLoRACell]) -> GroupShape:
+        """The sizes of these cells, which are alike but for their outputs."""
+        outputs = tuple(cell.theta_out.out_features for cell in cells)
+        first = cells[0]
+        inputs, norm = first.theta_k.in_features, first.norm is not None
+        return cls(len(cells), first.inner_dim, inputs, outputs, norm)
+
+    @property
+    def rows(self) -> int:
+        """P, rows of the projections: a multiple of 8, as a GPU's matrix product wants it."""
+        return 3 * self.count * self.d + -3 * self.count * self.d % 8
+
+    @property
+    def width(self) -> int:
+        """Columns of what is read, a multiple of 8 likewise."""
+        return self.d + -self.d % 8
+
+    @property
+    def product_sizes(self) -> list[int]:
+        """Numbers in the projections and in each output, padded."""
+        return [self.rows * self.inputs, *(n * self.width for n in self.outputs)]
+
+    @property
+    def exact_sizes(self) -> list[int]:
+        """Numbers in w_base and b_base of each cell, and in gamma and beta of each."""
+        return [self.d**2, self.d] * self.count + [self.d, self.d] * (self.count * self.norm)
+
+    def cut_rows(self, weight: Tensor) -> list[Tensor]:
+        """Of projections `[P, in]` each cell's keys, queries, values, `[d, in]`."""
+        used = 3 * self.count
+        return list(weight.split([self.d] * used + [self.rows - used * self.d])[:used])
+
+
+def pack(groups: Sequence[Sequence[TTTLoRACell]], dtype: torch.dtype) -> list[Packed] | None:
+    """The packed weights of groups of cells; None if they cannot be packed together.
+
+    They can if all are whole, on one device and in one dtype, and have no rates per token.
+
+    Args:
+        groups: of one adapter, with equal options, see `project`.
+        dtype: of the products; fast weights, norms and step sizes are float32 (float64 if it is).
+    """
+    if groups[0][0].lr_token is not None:
+        return None
+    names = ("theta_k", "theta_q", "theta_v")
+    maps = [getattr(cell, n).weight for cells in groups for n in names for cell in cells]
+    outputs = [cell.theta_out.weight for cells in groups for cell in cells]
+    exact = [x for cells in groups for x in _exact(cells)]
+    gates = [cell.lr_gate for cells in groups for cell in cells]
+    flat, first = [*maps, *outputs, *exact, *gates], maps[0]
+    kind, device = first.dtype, first.device
+    if any(type(x) is not nn.Parameter or x.dtype != kind or x.device != device for x in flat):
+        return None
+    shapes = [GroupShape.of(cells) for cells in groups]
+    parts = iter(_Pack.apply(shapes, dtype, *flat))
+    return [
+        Packed(
+            weights=next(parts),
+            outputs=[next(parts) for _ in shape.outputs],
+            base=next(parts),
+            norm=next(parts) if shape.norm else None,
+            eta=next(parts),
+        )
+        for shape in shapes
+    ]
+
+
+def _exact(cells: Sequence[TTTLoRACell]) -> Iterator[Tensor]:
+    for cell in cells:
+        yield from (cell.w_base, cell.b_base)
+    for cell in cells:
+        if cell.norm is not None:
+            yield from (cell.norm.weight, cell.norm.bias)
+
+
+class _Pack(torch.autograd.Function):
+    """See `pack`; each gradient is cast and cut as the weights were."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, shapes: list[GroupShape], dtype: torch.dtype, *flat: Tensor
+    ) -> tuple[Tensor, ...]:
+        cells = sum(shape.count for shape in shapes)
+        maps, outputs, others = flat[: 3 * cells], flat[3 * cells : 4 * cells], flat[4 * cells :]
+        weights, thetas = _products(shapes, dtype, maps, outputs)
+        exactly = torch.promote_types(dtype, torch.float32)
+        exact = torch.cat([x.reshape(-1) for x in others]).to(exactly)
+        sizes = [n for s in shapes for n in (s.count * (s.d + 1) * s.d, 2 * s.count * s.d * s.norm)]
+        *parts, gates = exact.split([*sizes, cells])
+        eta = gates.sigmoid()
+        results: list[Tensor] = []
+        rates, bases, norms = eta.split([s.count for s in shapes]), parts[::2], parts[1::2]
+        for shape, weight, base, norm, rate in zip(
+            shapes, weights, bases, norms, rates, strict=True
+        ):
+            results += [weight, *(thetas.pop(0) for _ in shape.outputs)]
+            results.append(base.view(shape.count, shape.d + 1, shape.d))
+            results += [norm.view(shape.count, 2, shape.d)] if shape.norm else []
+            results.append(rate)
+        ctx.shapes, ctx.dtype = shapes, flat[0].dtype
+        ctx.save_for_backward(eta)
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        rest = iter(grads)
+        products: list[Tensor | None] = []
+        exact: list[Tensor | None] = []
+        rates: list[Tensor | None] = []
+        for shape in ctx.shapes:
+            products += [next(rest) for _ in range(1 + shape.count)]
+            exact += [next(rest), next(rest) if shape.norm else None]
+            rates.append(next(rest))
+        found = iter(_as(products, ctx.dtype))
+        maps: list[Tensor | None] = []
+        outputs: list[Tensor | None] = []
+        for shape in ctx.shapes:
+            weight = next(found)
+            none = [None] * (3 * shape.count)
+            maps += none if weight is None else shape.cut_rows(weight)
+            thetas = [next(found) for _ in shape.outputs]
+            outputs += [None if x is None else x[:, : shape.d] for x in thetas]
+        others = _cut_exact(ctx.shapes, _as(exact, ctx.dtype))
+        gates = _of_gates(ctx.shapes, rates, *ctx.saved_tensors, ctx.dtype)
+        return None, None, *maps, *outputs, *others, *gates
+
+
+def _products(
+    shapes: Sequence[GroupShape],
+    dtype: torch.dtype,
+    maps: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Projections `[P, in]` of each group and `theta_out` `[out, width]` of each cell."""
+    buffer = maps[0].new_zeros(sum(sum(s.product_sizes) for s in shapes), dtype=dtype)
+    parts = iter(buffer.split([n for s in shapes for n in s.product_sizes]))
+    weights, thetas, rooms = [], [], []
+    for shape in shapes:
+        weights.append(next(parts).view(shape.rows, shape.inputs))
+        rooms += shape.cut_rows(weights[-1])
+        thetas += [next(parts).view(n, shape.width) for n in shape.outputs]
+    given, padded = [*maps], []
+    for theta, x in zip(thetas, outputs, strict=True):
+        if theta.shape == x.shape:
+            rooms.append(theta)
+            given.append(x)
+        else:
+            padded.append((theta[:, : x.shape[1]], x))
+    torch._foreach_copy_(rooms, given)
+    for room, x in padded:  # other strides than x has: never one launch for all
+        room.copy_(x)
+    return weights, thetas
+
+
+def _as(grads: Grads, dtype: torch.dtype) -> list[Tensor | None]:
+    """Gradients in the dtype of the parameters: one launch for all."""
+    found = [x for x in grads if x is not None and x.dtype != dtype]
+    cast = [torch.empty_like(x, dtype=dtype) for x in found]
+    if found:
+        torch._foreach_copy_(cast, found)
+    rest = iter(cast)
+    return [x if x is None or x.dtype == dtype else next(rest) for x in grads]
+
+
+def _cut_exact(shapes: Sequence[GroupShape], grads: Grads) -> list[Tensor | None]:
+    """Gradients of fast weights and norms, as `_exact` has them."""
+    found: list[Tensor | None] = []
+    for shape, base, norm in zip(shapes, grads[::2], grads[1::2], strict=True):
+        sizes, fast = shape.exact_sizes, 2 * shape.count
+        for grad, lengths in ((base, sizes[:fast]), (norm, sizes[fast:])):
+            cut = [None] * len(lengths) if grad is None else grad.reshape(-1).split(lengths)
+            found += cut
+        for index in range(len(found) - len(sizes), len(found) - len(sizes) + fast, 2):
+            w = found[index]
+            found[index] = None if w is None else w.view(shape.d, shape.d)
+    return found
+
+
+def _of_gates(
+    shapes: Sequence[GroupShape], grads: Grads, eta: Tensor, dtype: torch.dtype
+) -> list[Tensor | None]:
+    """Gradients of the cells' gates from those of the groups' step sizes."""
+    if all(x is None for x in grads):
+        return [None] * len(eta)
+    given = zip(shapes, grads, strict=True)
+    together = torch.cat([eta.new_zeros(s.count) if x is None else x for s, x in given])
+    of_gates = torch.ops.aten.sigmoid_backward(together, eta)
+    return list(of_gates.to(dtype).split(1))
