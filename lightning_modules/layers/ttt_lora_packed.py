@@ -59,11 +59,6 @@ class GroupShape(NamedTuple):
         """Numbers in the projections and in each output, padded."""
         return [self.rows * self.inputs, *(n * self.width for n in self.outputs)]
 
-    @property
-    def exact_sizes(self) -> list[int]:
-        """Numbers in w_base and b_base of each cell, and in gamma and beta of each."""
-        return [self.d**2, self.d] * self.count + [self.d, self.d] * (self.count * self.norm)
-
     def cut_rows(self, weight: Tensor) -> list[Tensor]:
         """Of projections `[P, in]` each cell's keys, queries, values, `[d, in]`."""
         used = 3 * self.count
@@ -204,16 +199,16 @@ def _as(grads: Grads, dtype: torch.dtype) -> list[Tensor | None]:
 
 
 def _cut_exact(shapes: Sequence[GroupShape], grads: Grads) -> list[Tensor | None]:
-    """Gradients of fast weights and norms, as `_exact` has them."""
+    """Gradients of fast weights and norms, as `_exact` has them: views."""
     found: list[Tensor | None] = []
     for shape, base, norm in zip(shapes, grads[::2], grads[1::2], strict=True):
-        sizes, fast = shape.exact_sizes, 2 * shape.count
-        for grad, lengths in ((base, sizes[:fast]), (norm, sizes[fast:])):
-            cut = [None] * len(lengths) if grad is None else grad.reshape(-1).split(lengths)
-            found += cut
-        for index in range(len(found) - len(sizes), len(found) - len(sizes) + fast, 2):
-            w = found[index]
-            found[index] = None if w is None else w.view(shape.d, shape.d)
+        cells = [None] * shape.count if base is None else base.unbind(0)
+        for x in cells:
+            found += [None, None] if x is None else [x[:-1], x[-1]]
+        if shape.norm:
+            found += [None] * (2 * shape.count) if norm is None else [
+                x for cell in norm.unbind(0) for x in cell.unbind(0)
+            ]
     return found
 
 

@@ -5,6 +5,7 @@ Packing is for a GPU; here it is switched on on a CPU, with the torch backend be
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from ttt_lora_tuner_cases import (
 )
 
 from lightning_modules.adapters.ttt_lora import layer
+from lightning_modules.layers import ttt_lora as cell_layer
 from lightning_modules.layers import ttt_lora_packed
 from lightning_modules.layers.ttt_lora import TTTLoRACell, TTTLoRAOptions
 from lightning_modules.layers.ttt_lora_output import may_overwrite
@@ -183,3 +185,18 @@ def test_overwritten_or_not_it_is_the_same_product() -> None:
         found = layer.add_product(y * 1, read, weight, 0.5, overwrite)
         torch.testing.assert_close(found, expected, **SUMS)
         torch.testing.assert_close(torch.autograd.grad(found.sin().sum(), leaves), grads, **SUMS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
+def test_packed_for_the_kernels_is_one_by_one_on_the_torch_backend(
+    packing: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton_interpreter")
+    model = peft_model(dtype=torch.float64, layers_to_transform=[1]).requires_grad_(True)
+    expected = unpacked(model)
+    kernels = partial(cell_layer.ttt_lora_cell, backend="triton")
+    monkeypatch.setattr(cell_layer, "ttt_lora_cell", kernels)
+    actual = train(model)
+    assert packing == [4, 4]
+    # float64: the kernels take sums in another order
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
