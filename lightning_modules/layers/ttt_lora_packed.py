@@ -7,7 +7,7 @@ one call to the next.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ Grads = Sequence[Tensor | None]
 
 
 class GroupShape(NamedTuple):
-    """Sizes of the packed weights of a group.
+    """Sizes of the packed weights of a group, whose linear layers have equal inputs.
 
     Attributes:
         count: G.
@@ -28,6 +28,9 @@ class GroupShape(NamedTuple):
         inputs: of the linear layers.
         outputs: of each linear layer.
         norm: whether there are norms.
+        rows: P, rows of the projections: a multiple of 8, as a GPU's matrix product wants it.
+        width: columns of what is read, a multiple of 8 likewise.
+        lengths: numbers in the projections and in each output.
     """
 
     count: int
@@ -35,80 +38,83 @@ class GroupShape(NamedTuple):
     inputs: int
     outputs: tuple[int, ...]
     norm: bool
+    rows: int
+    width: int
+    lengths: tuple[int, ...]
 
     @classmethod
     def of(cls, cells: Sequence[TTTLoRACell]) -> GroupShape:
-        """The sizes of these cells, which are alike but for their outputs."""
+        """The sizes of these cells."""
+        first, count, d = cells[0], len(cells), cells[0].inner_dim
         outputs = tuple(cell.theta_out.out_features for cell in cells)
-        first = cells[0]
         inputs, norm = first.theta_k.in_features, first.norm is not None
-        return cls(len(cells), first.inner_dim, inputs, outputs, norm)
-
-    @property
-    def rows(self) -> int:
-        """P, rows of the projections: a multiple of 8, as a GPU's matrix product wants it."""
-        return 3 * self.count * self.d + -3 * self.count * self.d % 8
-
-    @property
-    def width(self) -> int:
-        """Columns of what is read, a multiple of 8 likewise."""
-        return self.d + -self.d % 8
-
-    @property
-    def product_sizes(self) -> list[int]:
-        """Numbers in the projections and in each output, padded."""
-        return [self.rows * self.inputs, *(n * self.width for n in self.outputs)]
+        rows, width = 3 * count * d + -3 * count * d % 8, d + -d % 8
+        lengths = (rows * inputs, *(n * width for n in outputs))
+        return cls(count, d, inputs, outputs, norm, rows, width, lengths)
 
     def cut_rows(self, weight: Tensor) -> list[Tensor]:
         """Of projections `[P, in]` each cell's keys, queries, values, `[d, in]`."""
         used = 3 * self.count
-        return list(weight.split([self.d] * used + [self.rows - used * self.d])[:used])
+        return list(weight.split_with_sizes([*[self.d] * used, self.rows - used * self.d])[:used])
 
 
-def pack(groups: Sequence[Sequence[TTTLoRACell]], dtype: torch.dtype) -> list[Packed] | None:
-    """The packed weights of groups of cells; None if they cannot be packed together.
-
-    They can if all are whole, on one device and in one dtype, and have no rates per token.
+class Packing:
+    """How the weights of the groups of an adapter in a decoder layer are packed.
 
     Args:
-        groups: of one adapter, with equal options, see `project`.
-        dtype: of the products; fast weights, norms and step sizes are float32 (float64 if it is).
+        groups: cells with equal options, for each group as in `project`.
     """
-    if groups[0][0].lr_token is not None:
-        return None
-    names = ("theta_k", "theta_q", "theta_v")
-    maps = [getattr(cell, n).weight for cells in groups for n in names for cell in cells]
-    outputs = [cell.theta_out.weight for cells in groups for cell in cells]
-    exact = [x for cells in groups for x in _exact(cells)]
-    gates = [cell.lr_gate for cells in groups for cell in cells]
-    flat, first = [*maps, *outputs, *exact, *gates], maps[0]
-    kind, device = first.dtype, first.device
-    if any(type(x) is not nn.Parameter or x.dtype != kind or x.device != device for x in flat):
-        return None
-    shapes = [GroupShape.of(cells) for cells in groups]
-    parts = iter(_Pack.apply(shapes, dtype, *flat))
-    return [
-        Packed(
-            weights=next(parts),
-            outputs=[next(parts) for _ in shape.outputs],
-            base=next(parts),
-            norm=next(parts) if shape.norm else None,
-            eta=next(parts),
-        )
-        for shape in shapes
-    ]
 
+    def __init__(self, groups: Sequence[Sequence[TTTLoRACell]]) -> None:
+        self.groups = groups
+        self.shapes = [GroupShape.of(cells) for cells in groups]
+        self.rates_per_token = groups[0][0].lr_token is not None
 
-def _exact(cells: Sequence[TTTLoRACell]) -> Iterator[Tensor]:
-    for cell in cells:
-        yield from (cell.w_base, cell.b_base)
-    for cell in cells:
-        if cell.norm is not None:
-            yield from (cell.norm.weight, cell.norm.bias)
+    def pack(self, dtype: torch.dtype) -> list[Packed] | None:
+        """The packed weights of each group; None if they cannot be packed together.
+
+        They can if all are whole, on one device and in one dtype, and have no rates per token.
+
+        Args:
+            dtype: of the products; fast weights, norms and step sizes are float32 (float64 if it
+                is).
+        """
+        if self.rates_per_token:
+            return None
+        flat = self._parameters()
+        kind, device = flat[0].dtype, flat[0].device
+        if any(type(x) is not nn.Parameter or x.dtype != kind or x.device != device for x in flat):
+            return None
+        parts = iter(_Pack.apply(self.shapes, dtype, *flat))
+        return [
+            Packed(
+                weights=next(parts),
+                outputs=[next(parts) for _ in shape.outputs],
+                base=next(parts),
+                norm=next(parts) if shape.norm else None,
+                eta=next(parts),
+            )
+            for shape in self.shapes
+        ]
+
+    def _parameters(self) -> list[Tensor]:
+        """Maps, outputs, fast weights and norms, gates: each group by group."""
+        maps, outputs, exact, gates = [], [], [], []
+        for cells in self.groups:
+            # Looked up here, as a module's own look-up of 63 parameters costs as much as ten ops.
+            modules, own = [cell._modules for cell in cells], [cell._parameters for cell in cells]
+            for name in ("theta_k", "theta_q", "theta_v"):
+                maps += [found[name].weight for found in modules]
+            outputs += [found["theta_out"].weight for found in modules]
+            exact += [found[name] for found in own for name in ("w_base", "b_base")]
+            norms = [norm for found in modules if (norm := found.get("norm")) is not None]
+            exact += [x for norm in norms for x in (norm.weight, norm.bias)]
+            gates += [found["lr_gate"] for found in own]
+        return [*maps, *outputs, *exact, *gates]
 
 
 class _Pack(torch.autograd.Function):
-    """See `pack`; each gradient is cast and cut as the weights were."""
+    """See `Packing`; each gradient is cast and cut as the weights were."""
 
     @staticmethod
     def forward(
@@ -120,10 +126,10 @@ class _Pack(torch.autograd.Function):
         exactly = torch.promote_types(dtype, torch.float32)
         exact = torch.cat([x.reshape(-1) for x in others]).to(exactly)
         sizes = [n for s in shapes for n in (s.count * (s.d + 1) * s.d, 2 * s.count * s.d * s.norm)]
-        *parts, gates = exact.split([*sizes, cells])
+        *parts, gates = exact.split_with_sizes([*sizes, cells])
         eta = gates.sigmoid()
         results: list[Tensor] = []
-        rates, bases, norms = eta.split([s.count for s in shapes]), parts[::2], parts[1::2]
+        rates, bases, norms = eta.split_with_sizes([s.count for s in shapes]), parts[::2], parts[1::2]
         for shape, weight, base, norm, rate in zip(
             shapes, weights, bases, norms, rates, strict=True
         ):
@@ -168,8 +174,9 @@ def _products(
     outputs: Sequence[Tensor],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Projections `[P, in]` of each group and `theta_out` `[out, width]` of each cell."""
-    buffer = maps[0].new_zeros(sum(sum(s.product_sizes) for s in shapes), dtype=dtype)
-    parts = iter(buffer.split([n for s in shapes for n in s.product_sizes]))
+    lengths = [n for shape in shapes for n in shape.lengths]
+    buffer = torch.zeros(sum(lengths), dtype=dtype, device=maps[0].device)
+    parts = iter(buffer.split_with_sizes(lengths))
     weights, thetas, rooms = [], [], []
     for shape in shapes:
         weights.append(next(parts).view(shape.rows, shape.inputs))
@@ -199,7 +206,7 @@ def _as(grads: Grads, dtype: torch.dtype) -> list[Tensor | None]:
 
 
 def _cut_exact(shapes: Sequence[GroupShape], grads: Grads) -> list[Tensor | None]:
-    """Gradients of fast weights and norms, as `_exact` has them: views."""
+    """Gradients of fast weights and norms of each group: views."""
     found: list[Tensor | None] = []
     for shape, base, norm in zip(shapes, grads[::2], grads[1::2], strict=True):
         cells = [None] * shape.count if base is None else base.unbind(0)

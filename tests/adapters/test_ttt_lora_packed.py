@@ -25,9 +25,9 @@ from ttt_lora_tuner_cases import (
 
 from lightning_modules.adapters.ttt_lora import layer
 from lightning_modules.layers import ttt_lora as cell_layer
-from lightning_modules.layers import ttt_lora_packed
 from lightning_modules.layers.ttt_lora import TTTLoRACell, TTTLoRAOptions
 from lightning_modules.layers.ttt_lora_output import may_overwrite
+from lightning_modules.layers.ttt_lora_packed import Packing
 
 SUMS = {"rtol": 1e-12, "atol": 1e-13}
 """float64 products in other shapes; values and gradients are of the order of 1."""
@@ -37,13 +37,13 @@ SUMS = {"rtol": 1e-12, "atol": 1e-13}
 def packing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Packs everywhere; the list gets the number of groups of every packing."""
     calls: list[int] = []
-    pack = layer.pack
+    pack = Packing.pack
 
-    def counted(groups: Any, dtype: torch.dtype) -> Any:
-        calls.append(len(groups))
-        return pack(groups, dtype)
+    def counted(packing: Packing, dtype: torch.dtype) -> Any:
+        calls.append(len(packing.groups))
+        return pack(packing, dtype)
 
-    monkeypatch.setattr(layer, "pack", counted)
+    monkeypatch.setattr(Packing, "pack", counted)
     monkeypatch.setattr(layer, "takes_kernels", lambda *call: True)
     return calls
 
@@ -136,7 +136,7 @@ def test_bfloat16_products_of_float32_weights_are_one_by_one() -> None:
     cells = [TTTLoRACell(12, 5 + n, 3, TTTLoRAOptions()) for n in range(2)]
     for cell in cells:
         cell.theta_out.reset_parameters()
-    packs = ttt_lora_packed.pack([[cell] for cell in cells], torch.bfloat16)
+    packs = Packing([[cell] for cell in cells]).pack(torch.bfloat16)
     used = [(p.weights, p.outputs[0], p.eta, p.norm) for p in packs]
     sum(x.float().square().sum() for group in used for x in group).backward()
     for cell, packed in zip(cells, packs, strict=True):
@@ -162,7 +162,7 @@ def test_what_cannot_be_packed_is_taken_one_by_one(packing: list[int]) -> None:
     model = adapted("A_plain")
     found = next(iter(adapter_layers(model).values()))
     found.ttt_lora_cells["default"].theta_k.float()
-    assert layer.pack([[found.ttt_lora_cells["default"]]], torch.float64) is None
+    assert Packing([[found.ttt_lora_cells["default"]]]).pack(torch.float64) is None
 
 
 def test_only_an_output_that_nobody_else_has_is_overwritten() -> None:
@@ -187,6 +187,7 @@ def test_overwritten_or_not_it_is_the_same_product() -> None:
         torch.testing.assert_close(torch.autograd.grad(found.sin().sum(), leaves), grads, **SUMS)
 
 
+@pytest.mark.slow  # 20 seconds: Triton's interpreter
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
 def test_packed_for_the_kernels_is_one_by_one_on_the_torch_backend(
     packing: list[int], monkeypatch: pytest.MonkeyPatch

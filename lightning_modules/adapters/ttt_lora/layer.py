@@ -17,7 +17,7 @@ from lightning_modules.layers.ttt_lora import (
     read_and_learn,
 )
 from lightning_modules.layers.ttt_lora_output import add_product, may_overwrite
-from lightning_modules.layers.ttt_lora_packed import pack
+from lightning_modules.layers.ttt_lora_packed import Packing
 from lightning_modules.layers.ttt_lora_statistics import publish_statistics
 from lightning_modules.ops import TTTLoRAState
 from lightning_modules.ops.ttt_lora import takes_kernels
@@ -47,17 +47,14 @@ class SiblingGroup:
         context: of the decoder layer that they are in; None: calls belong to no stream.
 
     Attributes:
-        packed_with: all groups of the adapter in the decoder layer, this one too.
+        packing: of the weights of all groups of the adapter in the decoder layer.
+        index: of this group there.
     """
 
     def __init__(self, slot: str, cells: list[TTTLoRACell], context: DeepContext | None) -> None:
         self.slot, self.cells, self.context = slot, cells, context
-        self.packed_with: list[SiblingGroup] = [self]
-
-    @property
-    def adapter_name(self) -> str:
-        """Of all cells."""
-        return self.slot.rpartition(".")[2]
+        self.adapter_name = slot.rpartition(".")[2]
+        self.packing, self.index = Packing([cells]), 0
 
     def read(self, number: int, x: Tensor) -> Read:
         """What the cell with this number reads.
@@ -122,12 +119,16 @@ class SiblingGroup:
             return None
         key = f"packed/{self.adapter_name}/{dtype}"
         if key not in context.computed:
-            groups = self.packed_with
-            found = pack([group.cells for group in groups], dtype) or [None] * len(groups)
-            slots = (group.slot for group in groups)
-            context.computed[key] = dict(zip(slots, found, strict=True))
-        packed: Packed | None = context.computed[key][self.slot]
-        return packed
+            context.computed[key] = self.packing.pack(dtype)
+        found: list[Packed] | None = context.computed[key]
+        return None if found is None else found[self.index]
+
+
+def pack_together(groups: list[SiblingGroup]) -> None:
+    """Let the first of the groups of an adapter in a decoder layer pack the weights of all."""
+    packing = Packing([group.cells for group in groups])
+    for index, group in enumerate(groups):
+        group.packing, group.index = packing, index
 
 
 class TTTLoraLayer(BaseTunerLayer):

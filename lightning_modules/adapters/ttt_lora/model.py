@@ -23,6 +23,7 @@ from lightning_modules.adapters.ttt_lora.layer import (
     SiblingGroup,
     TTTLoraLayer,
     TTTLoraLinear,
+    pack_together,
     refuse_merge,
 )
 from lightning_modules.adapters.ttt_lora.siblings import families, matched_sizes, plain_path
@@ -123,8 +124,9 @@ class TTTLoraModel(BaseTuner):
                     context = contexts[group[0]]
                     placed = _place(name, group, layers, context)
                     if context is not None:
-                        placed.packed_with = beside.setdefault((id(context), name), [])
-                        placed.packed_with.append(placed)
+                        beside.setdefault((id(context), name), []).append(placed)
+        for groups in beside.values():
+            pack_together(groups)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Impossible; see `refuse_merge`. Refused before another method's layer is merged."""

@@ -97,7 +97,7 @@ def ttt_lora(
     check_ttt_lora(
         q, k, v, eta, w_base, b_base, mini_batch_size, mode, loss, norm, mask, document_ids, state
     )
-    run = choose_backend(backend, q, mini_batch_size)
+    run = choose_backend(backend, q, q.shape[-1], mini_batch_size)
     single = q.dim() == 3
     if single:
         q, k, v = q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2)

@@ -10,7 +10,7 @@ from lightning_modules.ops.grid import Progress
 from lightning_modules.ops.states import TTTLoRAState
 from lightning_modules.ops.ttt_eager import autocast_device
 from lightning_modules.ops.ttt_lora.call import Call
-from lightning_modules.ops.ttt_lora.checks import check_ttt_lora
+from lightning_modules.ops.ttt_lora.checks import check_ttt_lora_cell
 from lightning_modules.ops.ttt_lora.choose import choose_backend
 from lightning_modules.ops.ttt_lora.fused import run, triton_ttt_lora
 from lightning_modules.ops.ttt_lora.plan import make_plan
@@ -60,14 +60,10 @@ def ttt_lora_cell(
         ValueError: if shapes, dtypes or options do not fit together.
         TypeError: if the state is of another op.
     """
-    group, _, d = base.shape
-    flags = (mask, document_ids)
-    # Views that autograd follows cost the host as much as a launch: the kernels need none.
-    views = projected.detach(), base.detach(), None if norm is None else norm.detach()
-    (q, k, v), weights, both = _parts(*views, loss)
-    check_ttt_lora(q, k, v, eta, *weights, mini_batch_size, mode, loss, both, *flags, state)
-    function = choose_backend(backend, q, mini_batch_size)
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    d, flags = base.shape[-1], (mask, document_ids)
+    check_ttt_lora_cell(projected, eta, base, mini_batch_size, mode, loss, norm, *flags, state)
+    function = choose_backend(backend, projected, d, mini_batch_size)
+    dtype = torch.promote_types(projected.dtype, torch.float32)
     rates = eta if adapt else torch.zeros_like(eta)
     if function is triton_ttt_lora:
         plan = _shared_plan(projected, mini_batch_size, *flags, state, shared)

@@ -22,19 +22,22 @@ LARGEST_TILE = 4096
 """Numbers in the tile of a mini-batch's keys, both sizes rounded up to powers of two."""
 
 
-def choose_backend(backend: str, q: Tensor, mini_batch_size: int) -> Callable[..., Any]:
+def choose_backend(
+    backend: str, q: Tensor, d: int, mini_batch_size: int
+) -> Callable[..., Any]:
     """The function of a call's backend; "auto" takes the kernels where they can run.
 
     Args:
         backend: as in `ttt_lora`.
-        q: queries, `[..., d]`.
+        q: queries, or projections that they are part of.
+        d: size of an adapter.
         mini_batch_size: m.
 
     Raises:
         ValueError: there is no such backend, or "triton" does not take such inputs.
         RuntimeError: "triton" was asked for where it cannot run.
     """
-    obstacle = partial(_obstacle, q.shape[-1], mini_batch_size)
+    obstacle = partial(_obstacle, d, mini_batch_size)
     return dispatch("ttt_lora", backend, BACKENDS, q, obstacle)
 
 

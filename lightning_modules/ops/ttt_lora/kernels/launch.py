@@ -212,8 +212,10 @@ def split(tokens: Sequence[Tensor], base: Tensor) -> Sequence[Tensor]:
     """q, k and v, `[B, T, G, d]`."""
     if len(tokens) == 3:
         return tokens
-    group, _, d = base.shape
-    k, q, v = tokens[0][..., : 3 * group * d].unflatten(-1, (3, group, d)).unbind(2)
+    (group, _, d), x = base.shape, tokens[0]
+    rows, times, columns = x.stride()
+    strides = (group * d * columns, rows, times, d * columns, columns)
+    k, q, v = x.as_strided((3, *x.shape[:2], group, d), strides, x.storage_offset()).unbind(0)
     return q, k, v
 
 
