@@ -22,9 +22,12 @@ from lightning_modules.ops import triton_backend
 from lightning_modules.ops.ttt_lora import choose
 
 NONE = frozenset(
-    "view _unsafe_view reshape _reshape_alias t transpose permute expand slice select unsqueeze "
-    "squeeze alias detach as_strided split split_with_sizes unbind unfold lift_fresh is_same_size "
-    "empty new_empty empty_like empty_strided new_empty_strided _local_scalar_dense promote_types".split()
+    (
+        "view _unsafe_view reshape _reshape_alias t transpose permute expand slice select "
+        "unsqueeze squeeze alias detach as_strided split split_with_sizes unbind unfold "
+        "lift_fresh is_same_size empty new_empty empty_like empty_strided new_empty_strided "
+        "_local_scalar_dense promote_types"
+    ).split()  # noqa: SIM905 - shorter to read
 )
 SEVERAL = {"addmm": 2, "constant_pad_nd": 2}
 """A copy of the summand, or a fill, and the operation itself."""
@@ -102,15 +105,15 @@ def _minus(x: Counter[str], y: Counter[str]) -> Counter[str]:
 
 def _counted(forward: Callable[[], Tensor]) -> tuple[Counter[str], Counter[str]]:
     """Of the second call, which continues the first one's state."""
-    mode, found = Launches(), []
+    mode = Launches()
     with kernels_replaced(lambda name: mode.counts.update({f"[{name}]": 1})):
         forward().backward()
-        for part in (forward, lambda: loss.backward()):
-            mode.counts = Counter()
-            with mode:
-                loss = part()
-            found.append(mode.counts)
-    return found[0], found[1]
+        with mode:
+            loss = forward()
+        ahead, mode.counts = mode.counts, Counter()
+        with mode:
+            loss.backward()
+    return ahead, mode.counts
 
 
 def _host(forward: Callable[[], Tensor], repeats: int = 20) -> float:

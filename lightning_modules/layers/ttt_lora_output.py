@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
 
-def add_product(
-    y: Tensor, read: Tensor, weight: Tensor, scaling: float, overwrite: bool
-) -> Tensor:
+def add_product(y: Tensor, read: Tensor, weight: Tensor, scaling: float, overwrite: bool) -> Tensor:
     """`y + scaling read weight^T`.
 
     Args:

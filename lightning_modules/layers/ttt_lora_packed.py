@@ -129,7 +129,11 @@ class _Pack(torch.autograd.Function):
         *parts, gates = exact.split_with_sizes([*sizes, cells])
         eta = gates.sigmoid()
         results: list[Tensor] = []
-        rates, bases, norms = eta.split_with_sizes([s.count for s in shapes]), parts[::2], parts[1::2]
+        rates, bases, norms = (
+            eta.split_with_sizes([s.count for s in shapes]),
+            parts[::2],
+            parts[1::2],
+        )
         for shape, weight, base, norm, rate in zip(
             shapes, weights, bases, norms, rates, strict=True
         ):
@@ -213,9 +217,11 @@ def _cut_exact(shapes: Sequence[GroupShape], grads: Grads) -> list[Tensor | None
         for x in cells:
             found += [None, None] if x is None else [x[:-1], x[-1]]
         if shape.norm:
-            found += [None] * (2 * shape.count) if norm is None else [
-                x for cell in norm.unbind(0) for x in cell.unbind(0)
-            ]
+            found += (
+                [None] * (2 * shape.count)
+                if norm is None
+                else [x for cell in norm.unbind(0) for x in cell.unbind(0)]
+            )
     return found
 
 

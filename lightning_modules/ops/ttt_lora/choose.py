@@ -22,9 +22,7 @@ LARGEST_TILE = 4096
 """Numbers in the tile of a mini-batch's keys, both sizes rounded up to powers of two."""
 
 
-def choose_backend(
-    backend: str, q: Tensor, d: int, mini_batch_size: int
-) -> Callable[..., Any]:
+def choose_backend(backend: str, q: Tensor, d: int, mini_batch_size: int) -> Callable[..., Any]:
     """The function of a call's backend; "auto" takes the kernels where they can run.
 
     Args:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def backward(
     common, outputs = options(call, q, base, norm, start), output_options(call, output_norm)
     extent, eps = (time, blocks, plan.slots, group), (call.eps, call.output_eps)
     shape = strides(q, eta)
-    scanning, reading = warps(call, d, SCANNING), warps(call, d, READING)
+    reading = warps(call, d, READING)
     placed = given((plan.entries, plan.rows, plan.mask), k)
     norms = given((before[0], norm, output_norm), k)
     new = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tokens]
@@ -111,23 +112,21 @@ def backward(
             *(k, v, eta, base, *given((start, *pending, before[0], norm), k), *placed, kept[0]),
             *given((change,), k),
             *(reads, of_error, pulls, of_pending, of_base, of_start, *shape, *extent, call.eps),
-            **(common | {"FINAL": change is not None} | scanning),
+            **(common | {"FINAL": change is not None} | warps(call, d, SCANNING)),
         )
         token_backward_kernel[(blocks, rows)](
             *(q, k, v, eta, base, *norms, *placed, *kept, grad_o, pulls, of_error),
             *given(opened, k),
             *(of_q, of_k, of_v, of_eta, sums, *shape, *of_q.stride()[:3], *extent, *eps),
-            **(common | outputs | reading | {"OPEN": opened[0] is not None}),
-            **{"PER_TOKEN": per_token, "SUMS": sums.shape[-1], "ROWS": sums.shape[1] - blocks},
-            **behind(tokens, base),
+            **(common | outputs | reading | {"PER_TOKEN": per_token}),
+            **(options_of_sums(sums, blocks, opened) | behind(tokens, base)),
         )
         if held:
-            given_before = (*pending, base, start, before[0], norm)
-            of_held = pending_backward(
-                call, given_before, of_pending, opened, sums, (time, blocks), common
-            )
-    of_rates, *of_norms = summed(sums, sizes, (batch, group, d))
-    of_rates = of_eta if per_token else of_rates if rates.dim() else of_rates.sum()
+            state = (*pending, base, start, before[0], norm)
+            places = (time, blocks)
+            of_held = pending_backward(call, state, of_pending, opened, sums, places, common)
+    summed_rates, *of_norms = summed(sums, sizes, (batch, group, d))
+    of_rates = of_eta if per_token else summed_rates.sum_to_size(rates.shape)
     of_change = of_start if start is not None else None
     return of_rates.to(rates.dtype), of_base.sum(0), of_change, *of_held, *of_norms, *new
 
@@ -147,6 +146,12 @@ def room_for_sums(
     extra = held and norms[0] is not None
     make = base.new_zeros if extra else base.new_empty
     return make(rows, blocks + extra, sum(sizes)), sizes
+
+
+def options_of_sums(sums: Tensor, blocks: int, opened: Given) -> dict[str, Any]:
+    """What the last kernel is compiled for beside the others' options."""
+    extra = {"SUMS": sums.shape[-1], "ROWS": sums.shape[1] - blocks}
+    return {"OPEN": opened[0] is not None, **extra}
 
 
 def summed(
@@ -240,21 +245,18 @@ def options(
     call: Call, q: Tensor, base: Tensor, norm: Tensor | None, start: Tensor | None
 ) -> dict[str, Any]:
     """What the kernels are compiled for: sizes and features."""
-    d = q.shape[-1]
-    return {
-        "SIZE": call.size,
-        "D": d,
-        "M": call.plan.tile,
-        "BK": padded(d + 1),
-        "BD": padded(d),
-        "ACC": tl.float64 if base.dtype == torch.float64 else tl.float32,
-        "MODE_B": call.mode_b,
-        "LN": norm is not None,
-        "UNIT": call.unit,
-        "MASKED": call.plan.mask is not None,
-        "PLANNED": call.plan.entries is not None,
-        "STATE": start is not None,
-    }
+    plan, exact = call.plan, base.dtype == torch.float64
+    planned = {"MASKED": plan.mask is not None, "PLANNED": plan.entries is not None}
+    features = {"MODE_B": call.mode_b, "LN": norm is not None, "UNIT": call.unit}
+    sizes = sizes_of_tiles(call.size, q.shape[-1], plan.tile, exact)
+    return {**sizes, **features, **planned, "STATE": start is not None}
+
+
+@cache
+def sizes_of_tiles(size: int, d: int, tile: int, exact: bool) -> dict[str, Any]:
+    """Of mini-batches, adapters and tiles, and what is added up in."""
+    acc = tl.float64 if exact else tl.float32
+    return {"SIZE": size, "D": d, "M": tile, "BK": padded(d + 1), "BD": padded(d), "ACC": acc}
 
 
 def output_options(call: Call, output_norm: Tensor | None) -> dict[str, Any]:
@@ -268,8 +270,13 @@ def warps(call: Call, d: int, few: int) -> dict[str, int]:
 
     The compiler does not pipeline loops: the scans fetch a block ahead by themselves.
     """
+    return _warps(call.plan.tile, d, few)
+
+
+@cache
+def _warps(tile: int, d: int, few: int) -> dict[str, int]:
     keys, values = padded(d + 1), padded(d)
-    largest = max(call.plan.tile * keys, keys * values)
+    largest = max(tile * keys, keys * values)
     return {"num_warps": few if largest <= 256 else 4 if largest <= 1024 else 8, "num_stages": 1}
 
 

@@ -111,6 +111,33 @@ def store_sums(
 
 
 @triton.jit
+def clear_sums(
+    sums,
+    M: tl.constexpr,
+    BD: tl.constexpr,
+    ACC: tl.constexpr,
+    D: tl.constexpr,
+    LN: tl.constexpr,
+    OUTPUT_NORM: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+):
+    """The sums of a block without tokens."""
+    none = tl.zeros([M, BD], ACC)
+    rates = tl.zeros([M], ACC)
+    store_sums(sums, none, none, none, none, rates, D, LN, OUTPUT_NORM, PER_TOKEN)
+
+
+@triton.jit
+def clear_behind(
+    rest, start, stride, inside, BEHIND: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr
+):
+    """Zeros in the columns behind k, q and v."""
+    if BEHIND > 0:
+        none = tl.zeros([inside.shape[0], TILE], ACC)
+        store_rows(rest, start, stride, inside, none, BEHIND)
+
+
+@triton.jit
 def weights_at(
     base, saved, slot, D: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr
 ):
@@ -203,11 +230,8 @@ def token_backward_kernel(
     count, opened = extent_of(plan_rows, waiting, row, time, SIZE, PLANNED)
     block = pid * blocks + n
     sums += (pid * (blocks + ROWS) + n) * SUMS
-    none = tl.zeros([M, BD], ACC)
     if n >= count:
-        store_sums(
-            sums, none, none, none, none, tl.zeros([M], ACC), D, LN, OUTPUT_NORM, PER_TOKEN
-        )
+        clear_sums(sums, M, BD, ACC, D, LN, OUTPUT_NORM, PER_TOKEN)
         return
     start, stop, _, _, before, slot = block_of(plan, waiting, row, n, blocks, time, SIZE, PLANNED)
     token, own = row * sb + member * sg, row * time * groups + member
@@ -248,10 +272,8 @@ def token_backward_kernel(
     first = row * gb + member * gg
     store_tokens(grad_q + first, grad_k + first, grad_v + first, start, gt, inside, live,
                  dq, unit_backward(dk, kt, UNIT), dv, D)  # fmt: skip
-    if BEHIND > 0:
-        # k comes first in a token's row.
-        rest, other = grad_k + row * gb + 3 * groups * D, inside & (member == 0)
-        store_rows(rest, start, gt, other, tl.zeros([M, BEHIND_TILE], ACC), BEHIND)
+    rest = grad_k + row * gb + 3 * groups * D  # k comes first in a token's row
+    clear_behind(rest, start, gt, inside & (member == 0), BEHIND, BEHIND_TILE, ACC)
     deta = tl.where(live, deta, 0.0)
     if PER_TOKEN:
         of_eta = grad_eta + (row * time + start + tl.arange(0, M)) * groups + member
