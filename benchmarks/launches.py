@@ -22,12 +22,36 @@ from lightning_modules.ops import triton_backend
 from lightning_modules.ops.ttt_lora import choose
 
 NONE = frozenset(
-    (
-        "view _unsafe_view reshape _reshape_alias t transpose permute expand slice select "
-        "unsqueeze squeeze alias detach as_strided split split_with_sizes unbind unfold "
-        "lift_fresh is_same_size empty new_empty empty_like empty_strided new_empty_strided "
-        "_local_scalar_dense promote_types"
-    ).split()  # noqa: SIM905 - shorter to read
+    [
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "_reshape_alias",
+        "t",
+        "transpose",
+        "permute",
+        "expand",
+        "slice",
+        "select",
+        "unsqueeze",
+        "squeeze",
+        "alias",
+        "detach",
+        "as_strided",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "unfold",
+        "lift_fresh",
+        "is_same_size",
+        "empty",
+        "new_empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty_strided",
+        "_local_scalar_dense",
+        "promote_types",
+    ]
 )
 SEVERAL = {"addmm": 2, "constant_pad_nd": 2}
 """A copy of the summand, or a fill, and the operation itself."""
@@ -108,6 +132,7 @@ def _counted(forward: Callable[[], Tensor]) -> tuple[Counter[str], Counter[str]]
     mode = Launches()
     with kernels_replaced(lambda name: mode.counts.update({f"[{name}]": 1})):
         forward().backward()
+        mode.counts.clear()
         with mode:
             loss = forward()
         ahead, mode.counts = mode.counts, Counter()

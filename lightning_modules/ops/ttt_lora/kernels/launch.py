@@ -122,8 +122,7 @@ def backward(
             **(options_of_sums(sums, blocks, opened) | behind(tokens, base)),
         )
         if held:
-            state = (*pending, base, start, before[0], norm)
-            places = (time, blocks)
+            state, places = (*pending, base, start, before[0], norm), (time, blocks)
             of_held = pending_backward(call, state, of_pending, opened, sums, places, common)
     summed_rates, *of_norms = summed(sums, sizes, (batch, group, d))
     of_rates = of_eta if per_token else summed_rates.sum_to_size(rates.shape)

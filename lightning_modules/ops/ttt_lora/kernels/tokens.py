@@ -111,6 +111,26 @@ def store_sums(
 
 
 @triton.jit
+def read_weights(
+    weights, saved_open, slot, D: tl.constexpr, MODE_B: tl.constexpr, ACC: tl.constexpr
+):
+    """What multiplies the queries of a block, without the bias: in mode B also what is open."""
+    if MODE_B:
+        weights += kept_matrix(saved_open, slot, D, D, weights.shape[0], weights.shape[1], ACC)
+    return weights
+
+
+@triton.jit
+def store_rates(grad_eta, start, stride, inside, live, deta, PER_TOKEN: tl.constexpr):
+    """Gradients of step sizes, 0 for tokens that do not exist; into memory if PER_TOKEN."""
+    deta = tl.where(live, deta, 0.0)
+    if PER_TOKEN:
+        first = grad_eta + tl.cast(start, tl.int64) * stride
+        tl.store(first + tl.arange(0, deta.shape[0]) * stride, deta, mask=inside)
+    return deta
+
+
+@triton.jit
 def clear_sums(
     sums,
     M: tl.constexpr,
@@ -228,8 +248,7 @@ def token_backward_kernel(
     row, member, matrix = pid // groups, pid % groups, (D + 1) * D
     waiting = waiting_in(counts, row, time, STATE)
     count, opened = extent_of(plan_rows, waiting, row, time, SIZE, PLANNED)
-    block = pid * blocks + n
-    sums += (pid * (blocks + ROWS) + n) * SUMS
+    block, sums = pid * blocks + n, sums + (pid * (blocks + ROWS) + n) * SUMS
     if n >= count:
         clear_sums(sums, M, BD, ACC, D, LN, OUTPUT_NORM, PER_TOKEN)
         return
@@ -254,9 +273,7 @@ def token_backward_kernel(
     read = read_of(queries, weights, keys, step, error, saved_open, slot, D, MODE_B, ACC)
     output_norm += member * 2 * D
     dread, dgain = read_gradient(grad, read, output_norm, output_eps, OUTPUT_NORM, D, ACC)
-    if MODE_B:
-        narrow += kept_matrix(saved_open, slot, D, D, BD, BD, ACC)
-    dq = product(dread, tl.trans(narrow), ACC)
+    dq = product(dread, tl.trans(read_weights(narrow, saved_open, slot, D, MODE_B, ACC)), ACC)
     if MODE_B:
         used = unit(qt, UNIT)
         of_q, of_k, of_step = mixing_backward(dread, error, queries, keys, used, k_used, step, ACC)
@@ -274,10 +291,7 @@ def token_backward_kernel(
                  dq, unit_backward(dk, kt, UNIT), dv, D)  # fmt: skip
     rest = grad_k + row * gb + 3 * groups * D  # k comes first in a token's row
     clear_behind(rest, start, gt, inside & (member == 0), BEHIND, BEHIND_TILE, ACC)
-    deta = tl.where(live, deta, 0.0)
-    if PER_TOKEN:
-        of_eta = grad_eta + (row * time + start + tl.arange(0, M)) * groups + member
-        tl.store(of_eta, deta, mask=inside)
+    deta = store_rates(grad_eta + own, start, groups, inside, live, deta, PER_TOKEN)
     store_sums(sums, dgamma, dbeta, dgain, grad, deta, D, LN, OUTPUT_NORM, PER_TOKEN)
 
 
