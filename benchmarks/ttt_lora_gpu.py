@@ -2,6 +2,7 @@
 
     python benchmarks/ttt_lora_gpu.py --out ttt_lora_gpu.md     # on a GPU
     python benchmarks/ttt_lora_gpu.py --tiny                    # a few seconds on a CPU
+    python benchmarks/ttt_lora_gpu.py --count                   # launches per layer, on a CPU
 
 Qwen3-0.6B's body with random weights in bfloat16, B = 8, T = 2,048, adapters in every linear layer
 of attention and MLPs (In-Place TTT: every 4th MLP), parameters of a LoRA of rank 16, mini-batches
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from launches import per_layer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training_runs import machine
@@ -84,20 +86,30 @@ def make_model(method: str, placement: dict[str, Any], sizes: dict[str, Any], de
     return model
 
 
-def make_step(model: nn.Module, ids: Tensor, carries: bool) -> Callable[[], Tensor]:
-    """Forward and backward of one chunk, with the state of the chunk before."""
-    handle = FastState()
+def make_forward(model: nn.Module, ids: Tensor, carries: bool) -> Callable[[], Tensor]:
+    """The loss of one chunk, with the state of the chunk before."""
+    handle, trained = FastState(), [p for p in model.parameters() if p.requires_grad]
 
-    def step() -> Tensor:
+    def forward() -> Tensor:
         nonlocal handle
+        for parameter in trained:
+            parameter.grad = None
         given = {"fast_state": handle} if carries else {}
         logits = model(input_ids=ids[:, :-1], use_cache=False, **given).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
         if carries:
             handle = handle.map(Tensor.detach)
-        for parameter in model.parameters():
-            parameter.grad = None
+        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+    return forward
+
+
+def make_step(model: nn.Module, ids: Tensor, carries: bool) -> Callable[[], Tensor]:
+    """Forward and backward of one chunk."""
+    forward = make_forward(model, ids, carries)
+
+    def step() -> Tensor:
+        loss = forward()
+        loss.backward()
         return loss.detach()
 
     return step
@@ -159,16 +171,43 @@ def rows(
     return lines
 
 
+def count() -> list[str]:
+    """Launches per layer of some arms: a base in bfloat16, adapters in float32, as on a GPU."""
+    ids = torch.randint(0, 300, (1, 17))
+    lines = []
+    for method in ("frozen", "lora", "ttt_lora"):
+
+        def build(depth: int, tiny: bool, method: str = method) -> Callable[[], Tensor]:
+            sizes = (TINY if tiny else SIZES) | {"vocab_size": 300, "num_hidden_layers": depth}
+            model = make_model(method, {}, sizes, "cpu")
+            for parameter in model.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.bfloat16()
+            return make_forward(model, ids, method == "ttt_lora")
+
+        found = per_layer(build)
+        sums = [sum(x.values()) for x in (found.forward, found.backward)]
+        lines.append(f"| {method} | {sums[0]} | {sums[1]} | {sum(sums)} | {found.host:.2f} |")
+        for name, counts in zip(("forward", "backward"), found[:2], strict=True):
+            print(method, name, dict(counts.most_common()))
+    return lines
+
+
 def main() -> None:
     """Print a table, and write it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--count", action="store_true", help="launches per layer, nothing else")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--only", nargs="*", default=[], help="words in the names of arms to run")
     parser.add_argument("--out", type=Path, help="file to write")
     options = parser.parse_args()
+    if options.count:
+        head = "| per layer | forward | backward | sum | host ms |\n|---|---|---|---|---|"
+        print("\n".join([head, *count()]))
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = (2, 64) if options.tiny else (8, 2048)
     head = [

@@ -138,6 +138,25 @@ class TTTLoRACell(nn.Module):
         return rows.view_as(y)
 
 
+class Packed(NamedTuple):
+    """Weights of a group of G cells as its products and kernels want them.
+
+    Attributes:
+        weights: projections, `[P, in]`, in the dtype of the products, as are the outputs.
+        outputs: `theta_out` of each cell, `[out, d]`, or with columns behind d that are zero.
+        base: w_base and below it b_base, `[G, d + 1, d]`, float32 (float64 if the products are),
+            as are the others.
+        norm: gamma and beta, `[G, 2, d]`; None: there are no norms.
+        eta: step sizes, `[G]`.
+    """
+
+    weights: Tensor
+    outputs: list[Tensor]
+    base: Tensor
+    norm: Tensor | None
+    eta: Tensor
+
+
 class Inputs(NamedTuple):
     """What the learners of a group are given.
 
@@ -168,17 +187,20 @@ class Inputs(NamedTuple):
         return part.to(torch.promote_types(part.dtype, torch.float32))
 
 
-def project(cells: Sequence[TTTLoRACell], x: Tensor) -> Inputs:
+def project(cells: Sequence[TTTLoRACell], x: Tensor, packed: Packed | None = None) -> Inputs:
     """Keys, queries, values and step sizes of G cells, by one matrix product.
 
     Args:
         cells: of one size and equal options, of linear layers that get the same input.
         x: their input, `[B, T, in]`.
+        packed: their weights (`ttt_lora_packed.pack`); None: they are taken as they are.
 
     Returns:
         Projections in the dtype of the product, step sizes in float32 (float64 if x is).
     """
     size = cells[0].inner_dim
+    if packed is not None:
+        return Inputs(F.linear(x, packed.weights), packed.eta, size)
     maps = [getattr(cell, name) for name in ("theta_k", "theta_q", "theta_v") for cell in cells]
     rates = [cell.lr_token for cell in cells if cell.lr_token is not None]
     weights = [layer.weight for layer in (*maps, *rates)]
@@ -202,6 +224,7 @@ def read_and_learn(
     state: TTTLoRAState | None = None,
     adapt: bool = True,
     shared: dict[Any, Any] | None = None,
+    packed: Packed | None = None,
 ) -> tuple[Tensor, TTTLoRAState]:
     """Read tokens with the fast weights of G cells, and let the tokens write into them.
 
@@ -213,22 +236,22 @@ def read_and_learn(
         state: with an axis of G (`ops.TTTLoRAState`); None: fresh.
         adapt: False reads without writing.
         shared: as in `ops.ttt_lora_cell`.
+        packed: as in `project`.
 
     Returns:
         For `TTTLoRACell.output`, `[B, T, G, d]` (perhaps with zeros behind d), and the state after
         the last token.
     """
     options, norms = cells[0].options, [cell.norm for cell in cells if cell.norm is not None]
-    weights = torch.cat([x for cell in cells for x in (cell.w_base, cell.b_base.unsqueeze(0))])
-    norm = torch.cat([x for norm in norms for x in (norm.weight, norm.bias)]) if norms else None
+    base, norm = (packed.base, packed.norm) if packed is not None else _stacked(cells)
     return ttt_lora_cell(
         inputs.projected,
         inputs.eta,
-        weights.unflatten(0, (len(cells), -1)),
+        base,
         mini_batch_size=options.mini_batch_size,
         mode=options.mode,
         loss=options.loss,
-        norm=None if norm is None else norm.view(len(cells), 2, -1),
+        norm=norm,
         norm_eps=norms[0].eps if norms else 1e-5,
         q_residual=options.q_residual,
         mask=mask,
@@ -237,6 +260,15 @@ def read_and_learn(
         adapt=adapt,
         shared=shared,
     )
+
+
+def _stacked(cells: Sequence[TTTLoRACell]) -> tuple[Tensor, Tensor | None]:
+    """Learned fast weights `[G, d + 1, d]` and norms `[G, 2, d]`, as in `Packed`."""
+    norms = [cell.norm for cell in cells if cell.norm is not None]
+    base = torch.cat([x for cell in cells for x in (cell.w_base, cell.b_base.unsqueeze(0))])
+    norm = torch.cat([x for norm in norms for x in (norm.weight, norm.bias)]) if norms else None
+    whole = None if norm is None else norm.view(len(cells), 2, -1)
+    return base.unflatten(0, (len(cells), -1)), whole
 
 
 def loss_norm(cells: Sequence[TTTLoRACell]) -> dict[str, Any]:

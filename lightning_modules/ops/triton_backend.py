@@ -47,7 +47,7 @@ def dispatch(
         RuntimeError: if "triton" has nothing to run on.
     """
     if backend == "auto":
-        why = _unable(q) or obstacle()
+        why = unable(q.device.type, q.dtype) or obstacle()
         backend = "triton" if why is None else next(iter(backends))
         if not torch.compiler.is_compiling():  # a log would break the graph
             _announce(op, backend, why or "q is on a GPU")
@@ -56,16 +56,16 @@ def dispatch(
     return select_backend(op, backend, backends)
 
 
-def _unable(q: Tensor) -> str | None:
-    """Why "auto" does not take the kernels, whatever the op."""
+def unable(device: str, dtype: torch.dtype) -> str | None:
+    """Why "auto" does not take the kernels for such inputs, whatever the op."""
     if torch.compiler.is_compiling():
         return "torch.compile makes kernels of the torch backend"
-    if q.device.type != "cuda":
-        return f"q is on the device {q.device.type!r}"
+    if device != "cuda":
+        return f"q is on the device {device!r}"
     if not installed():
         return "triton is not installed"
-    if q.dtype not in (torch.float32, torch.bfloat16):
-        return f"q is {q.dtype}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"q is {dtype}"
     return None
 
 

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lightning_modules.layers.deep_context import DeepContext, InDeepContext
 from lightning_modules.layers.ttt_lora import (
+    Packed,
     TTTLoRACell,
     TTTLoRAOptions,
     project,
     read_and_learn,
 )
+from lightning_modules.layers.ttt_lora_output import add_product, may_overwrite
+from lightning_modules.layers.ttt_lora_packed import Packing
 from lightning_modules.layers.ttt_lora_statistics import publish_statistics
 from lightning_modules.ops import TTTLoRAState
+from lightning_modules.ops.ttt_lora import takes_kernels
+
+Read = tuple[Tensor, Tensor | None]
+"""What a cell reads, `[B, T, d]`, and its packed `theta_out`, if it is packed."""
 
 
 class GroupCall(NamedTuple):
@@ -23,11 +31,11 @@ class GroupCall(NamedTuple):
 
     Attributes:
         x: input of the linear layers, `[B, T, in]`; None when all cells were asked.
-        left: number of the cell -> what it reads, `[B, T, d]`, until it is asked.
+        left: by the number of the cell, until it is asked.
     """
 
     x: Tensor | None
-    left: dict[int, Tensor]
+    left: dict[int, Read]
 
 
 class SiblingGroup:
@@ -37,13 +45,19 @@ class SiblingGroup:
         slot: name of the group in `FastState`.
         cells: one for each linear layer; just one without a context.
         context: of the decoder layer that they are in; None: calls belong to no stream.
+
+    Attributes:
+        packing: of the weights of all groups of the adapter in the decoder layer.
+        index: of this group there.
     """
 
     def __init__(self, slot: str, cells: list[TTTLoRACell], context: DeepContext | None) -> None:
         self.slot, self.cells, self.context = slot, cells, context
+        self.adapter_name = slot.rpartition(".")[2]
+        self.packing, self.index = Packing([cells]), 0
 
-    def read(self, number: int, x: Tensor) -> Tensor:
-        """What the cell with this number reads, `[B, T, d]`.
+    def read(self, number: int, x: Tensor) -> Read:
+        """What the cell with this number reads.
 
         Args:
             number: of the cell.
@@ -71,11 +85,12 @@ class SiblingGroup:
         context.computed[self.slot] = call if call.left else GroupCall(None, {})
         return read
 
-    def _compute(self, x: Tensor, context: DeepContext) -> tuple[Tensor, ...]:
+    def _compute(self, x: Tensor, context: DeepContext) -> list[Read]:
         """What each cell reads, and the state and the statistics that the tokens leave."""
         handle = context.state_for(self.slot)
         before = None if handle is None else handle.read(self.slot, TTTLoRAState)
-        inputs = project(self.cells, x)
+        packed = self._packed(x, context)
+        inputs = project(self.cells, x, packed)
         read, after = read_and_learn(
             self.cells,
             inputs,
@@ -83,13 +98,37 @@ class SiblingGroup:
             document_ids=context.document_ids,
             state=before,
             adapt=handle is None or handle.adapt,
-            shared=context.computed.setdefault(f"shared/{self.slot.rpartition('.')[2]}", {}),
+            shared=context.computed.setdefault(f"shared/{self.adapter_name}", {}),
+            packed=packed,
         )
         if handle is not None:
             handle.write(self.slot, after)
             where = (context.mask, context.document_ids)
             publish_statistics(self.cells, handle, self.slot, inputs, *where, (before, after))
-        return read.unbind(2)
+        # The gradient of unbind is a copy, that of a view is none.
+        reads = read.unbind(2) if len(self.cells) > 1 else (read.flatten(2),)
+        outputs = [None] * len(reads) if packed is None else packed.outputs
+        return list(zip(reads, outputs, strict=True))
+
+    def _packed(self, x: Tensor, context: DeepContext) -> Packed | None:
+        """The weights, packed by the first group of the layer; None: without kernels."""
+        cell, device = self.cells[0], x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        if not takes_kernels(x, dtype, cell.inner_dim, cell.options.mini_batch_size):
+            return None
+        key = f"packed/{self.adapter_name}/{dtype}"
+        if key not in context.computed:
+            context.computed[key] = self.packing.pack(dtype)
+        found: list[Packed] | None = context.computed[key]
+        return None if found is None else found[self.index]
+
+
+def pack_together(groups: list[SiblingGroup]) -> None:
+    """Let the first of the groups of an adapter in a decoder layer pack the weights of all."""
+    packing = Packing([group.cells for group in groups])
+    for index, group in enumerate(groups):
+        group.packing, group.index = packing, index
 
 
 class TTTLoraLayer(BaseTunerLayer):
@@ -151,8 +190,17 @@ class TTTLoraLinear(nn.Module, TTTLoraLayer, InDeepContext):
                         "such layers out of target_modules"
                     )
                 group, number = self.ttt_lora_places[name]
-                y = self.ttt_lora_cells[name].output(y, group.read(number, x))
+                y = self._add(self.ttt_lora_cells[name], y, *group.read(number, x))
         return y
+
+    def _add(self, cell: TTTLoRACell, y: Tensor, read: Tensor, weight: Tensor | None) -> Tensor:
+        """y with what an adapter adds."""
+        if weight is None or not y.dtype == read.dtype == weight.dtype:
+            return cell.output(y, read)
+        if read.shape[-1] < weight.shape[-1]:  # from a backend without columns behind d
+            weight = weight[:, : read.shape[-1]]
+        overwrite = may_overwrite(self.base_layer, y)
+        return add_product(y, read, weight, cell.options.scaling, overwrite)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Impossible; see `refuse_merge`."""

@@ -23,6 +23,7 @@ from lightning_modules.adapters.ttt_lora.layer import (
     SiblingGroup,
     TTTLoraLayer,
     TTTLoraLinear,
+    pack_together,
     refuse_merge,
 )
 from lightning_modules.adapters.ttt_lora.siblings import families, matched_sizes, plain_path
@@ -107,6 +108,7 @@ class TTTLoraModel(BaseTuner):
         contexts = connect(model, list(layers))
         for layer in layers.values():
             layer.ttt_lora_places = {}
+        beside: dict[tuple[int, str], list[SiblingGroup]] = {}
         # Not by peft_config: another method's adapter may have taken the name there since.
         for name in dict.fromkeys(n for layer in layers.values() for n in layer.ttt_lora_cells):
             members = [path for path, layer in layers.items() if name in layer.ttt_lora_cells]
@@ -119,7 +121,12 @@ class TTTLoraModel(BaseTuner):
                     key = size if contexts[path] else (*size, path)
                     alike.setdefault(key, []).append(path)
                 for group in alike.values():
-                    _place(name, group, layers, contexts[group[0]])
+                    context = contexts[group[0]]
+                    placed = _place(name, group, layers, context)
+                    if context is not None:
+                        beside.setdefault((id(context), name), []).append(placed)
+        for groups in beside.values():
+            pack_together(groups)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Impossible; see `refuse_merge`. Refused before another method's layer is merged."""
@@ -142,7 +149,9 @@ class TTTLoraModel(BaseTuner):
         return model
 
 
-def _place(name: str, paths: list[str], layers: dict[str, TTTLoraLinear], context: Any) -> None:
+def _place(
+    name: str, paths: list[str], layers: dict[str, TTTLoraLinear], context: Any
+) -> SiblingGroup:
     """Make a group of an adapter's cells in these layers."""
     plain = [plain_path(path) for path in paths]
     parent = plain[0].rpartition(".")[0]
@@ -150,6 +159,7 @@ def _place(name: str, paths: list[str], layers: dict[str, TTTLoraLinear], contex
     group = SiblingGroup(slot, [layers[path].ttt_lora_cells[name] for path in paths], context)
     for number, path in enumerate(paths):
         layers[path].ttt_lora_places[name] = (group, number)
+    return group
 
 
 def _targets(

@@ -7,10 +7,10 @@ from torch import Tensor
 from lightning_modules.ops.states import TTTLoRAState
 from lightning_modules.ops.ttt_lora.cell import ttt_lora_cell
 from lightning_modules.ops.ttt_lora.checks import check_ttt_lora
-from lightning_modules.ops.ttt_lora.choose import choose_backend
+from lightning_modules.ops.ttt_lora.choose import choose_backend, takes_kernels
 from lightning_modules.ops.ttt_lora.loss import inner_loss
 
-__all__ = ["inner_loss", "ttt_lora", "ttt_lora_cell"]
+__all__ = ["inner_loss", "takes_kernels", "ttt_lora", "ttt_lora_cell"]
 
 
 def ttt_lora(
@@ -97,7 +97,7 @@ def ttt_lora(
     check_ttt_lora(
         q, k, v, eta, w_base, b_base, mini_batch_size, mode, loss, norm, mask, document_ids, state
     )
-    run = choose_backend(backend, q, mini_batch_size)
+    run = choose_backend(backend, q, q.shape[-1], mini_batch_size)
     single = q.dim() == 3
     if single:
         q, k, v = q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2)

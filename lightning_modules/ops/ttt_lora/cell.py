@@ -10,7 +10,7 @@ from lightning_modules.ops.grid import Progress
 from lightning_modules.ops.states import TTTLoRAState
 from lightning_modules.ops.ttt_eager import autocast_device
 from lightning_modules.ops.ttt_lora.call import Call
-from lightning_modules.ops.ttt_lora.checks import check_ttt_lora
+from lightning_modules.ops.ttt_lora.checks import check_ttt_lora_cell
 from lightning_modules.ops.ttt_lora.choose import choose_backend
 from lightning_modules.ops.ttt_lora.fused import run, triton_ttt_lora
 from lightning_modules.ops.ttt_lora.plan import make_plan
@@ -60,15 +60,11 @@ def ttt_lora_cell(
         ValueError: if shapes, dtypes or options do not fit together.
         TypeError: if the state is of another op.
     """
-    group, _, d = base.shape
-    inner = projected[..., : 3 * group * d].unflatten(-1, (3, group, d))
-    k, q, v = inner.unbind(2)
-    both = (None, None) if norm is None or loss == "plain" else (norm[:, 0], norm[:, 1])
-    weights, flags = (base[:, :-1], base[:, -1]), (mask, document_ids)
-    check_ttt_lora(q, k, v, eta, *weights, mini_batch_size, mode, loss, both, *flags, state)
-    function = choose_backend(backend, q, mini_batch_size)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    rates = (eta if adapt else torch.zeros_like(eta)).expand(q.shape[:3])
+    d, flags = base.shape[-1], (mask, document_ids)
+    check_ttt_lora_cell(projected, eta, base, mini_batch_size, mode, loss, norm, *flags, state)
+    function = choose_backend(backend, projected, d, mini_batch_size)
+    dtype = torch.promote_types(projected.dtype, torch.float32)
+    rates = eta if adapt else torch.zeros_like(eta)
     if function is triton_ttt_lora:
         plan = _shared_plan(projected, mini_batch_size, *flags, state, shared)
         width = d + -d % 8
@@ -77,6 +73,8 @@ def ttt_lora_cell(
         behind = None if norm is None else norm.to(dtype)
         in_loss = behind if loss == "ln" else None
         return run(call, (projected,), rates, base.to(dtype), in_loss, behind, state)
+    (q, k, v), weights, both = _parts(projected, base, norm, loss)
+    rates = rates.expand(q.shape[:3])
     with torch.autocast(autocast_device(q.device), enabled=False):
         q, k = (normalize(x.to(dtype), dim=-1, eps=1e-12) for x in (q, k))
         options = {"mini_batch_size": mini_batch_size, "mode": mode, "norm_eps": norm_eps}
@@ -88,6 +86,17 @@ def ttt_lora_cell(
             o = torch.addcmul(beta, layer_norm(o, (d,), eps=norm_eps), gamma)
         o = o + q if q_residual else o
     return o.to(projected.dtype), new
+
+
+def _parts(
+    projected: Tensor, base: Tensor, norm: Tensor | None, loss: str
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+    """Views of q, k and v, of w_base and b_base, and of the norm in the loss."""
+    group, _, d = base.shape
+    k, q, v = projected[..., : 3 * group * d].unflatten(-1, (3, group, d)).unbind(2)
+    inside = norm if loss == "ln" else None
+    both = (None, None) if inside is None else (inside[:, 0], inside[:, 1])
+    return (q, k, v), (base[:, :-1], base[:, -1]), both
 
 
 def _shared_plan(

@@ -45,6 +45,50 @@ def check_ttt_lora(
     check_shape("eta", eta, (), *({group} if group else ()), (*tokens, *group))
     check_shape("w_base", w_base, (*group, size, size))
     check_shape("b_base", b_base, (*group, size))
+    _check_learner(mini_batch_size, mode)
+    check_norm(loss, *norm, (*group, size))
+    check_mask("mask", mask, q)
+    check_document_ids(document_ids, q)
+    if state is not None:
+        _check_state(state, q.shape[0], group, size, mini_batch_size)
+
+
+def check_ttt_lora_cell(
+    projected: Tensor,
+    eta: Tensor,
+    base: Tensor,
+    mini_batch_size: int,
+    mode: str,
+    loss: str,
+    norm: Tensor | None,
+    mask: Tensor | None,
+    document_ids: Tensor | None,
+    state: TTTLoRAState | None,
+) -> None:
+    """As `check_ttt_lora` for the arguments of `ttt_lora_cell`, without a view of any of them."""
+    if base.dim() != 3 or base.shape[1] != base.shape[2] + 1:
+        raise ValueError(f"base must be [G, d + 1, d], but has shape {list(base.shape)}")
+    group, size = base.shape[0], base.shape[2]
+    if projected.dim() != 3 or projected.shape[1] == 0 or projected.shape[2] < 3 * group * size:
+        raise ValueError(
+            f"projected must be [B, T, P] with T >= 1 and P >= 3 G d = {3 * group * size}, but has "
+            f"shape {list(projected.shape)}"
+        )
+    if not projected.is_floating_point():
+        raise ValueError(f"projected must be floating point, but is {projected.dtype}")
+    check_shape("eta", eta, (), (group,), (*projected.shape[:2], group))
+    _check_learner(mini_batch_size, mode)
+    if loss not in ("plain", "ln") or (loss == "ln" and norm is None):
+        check_norm(loss, None, None, (group, size))
+    if norm is not None:
+        check_shape("norm", norm, (group, 2, size))
+    check_mask("mask", mask, projected)
+    check_document_ids(document_ids, projected)
+    if state is not None:
+        _check_state(state, projected.shape[0], (group,), size, mini_batch_size)
+
+
+def _check_learner(mini_batch_size: int, mode: str) -> None:
     if mini_batch_size < 1:
         raise ValueError(f"mini_batch_size must be at least 1, but is {mini_batch_size}")
     if mode not in ("A", "B"):
@@ -52,11 +96,6 @@ def check_ttt_lora(
             f"mode must be 'A' (read, then update) or 'B' (see the own mini-batch up to oneself), "
             f"but is {mode!r}: to read updated weights would be to read the future"
         )
-    check_norm(loss, *norm, (*group, size))
-    check_mask("mask", mask, q)
-    check_document_ids(document_ids, q)
-    if state is not None:
-        _check_state(state, q.shape[0], group, size, mini_batch_size)
 
 
 def check_norm(

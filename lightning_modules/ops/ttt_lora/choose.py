@@ -4,9 +4,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lightning_modules.ops.triton_backend import dispatch
+from lightning_modules.ops.triton_backend import dispatch, unable
 from lightning_modules.ops.ttt_lora.call import padded
 from lightning_modules.ops.ttt_lora.eager import eager_ttt_lora
 from lightning_modules.ops.ttt_lora.fused import triton_ttt_lora
@@ -21,24 +22,37 @@ LARGEST_TILE = 4096
 """Numbers in the tile of a mini-batch's keys, both sizes rounded up to powers of two."""
 
 
-def choose_backend(backend: str, q: Tensor, mini_batch_size: int) -> Callable[..., Any]:
+def choose_backend(backend: str, q: Tensor, d: int, mini_batch_size: int) -> Callable[..., Any]:
     """The function of a call's backend; "auto" takes the kernels where they can run.
 
     Args:
         backend: as in `ttt_lora`.
-        q: queries, `[..., d]`.
+        q: queries, or projections that they are part of.
+        d: size of an adapter.
         mini_batch_size: m.
 
     Raises:
         ValueError: there is no such backend, or "triton" does not take such inputs.
         RuntimeError: "triton" was asked for where it cannot run.
     """
-    return dispatch("ttt_lora", backend, BACKENDS, q, partial(_obstacle, q, mini_batch_size))
+    obstacle = partial(_obstacle, d, mini_batch_size)
+    return dispatch("ttt_lora", backend, BACKENDS, q, obstacle)
 
 
-def _obstacle(q: Tensor, size: int) -> str | None:
+def takes_kernels(x: Tensor, dtype: torch.dtype, d: int, mini_batch_size: int) -> bool:
+    """Whether backend "auto" will take the kernels for what is projected from x.
+
+    Args:
+        x: input of the projections.
+        dtype: of the projections.
+        d: size of an adapter.
+        mini_batch_size: m.
+    """
+    return unable(x.device.type, dtype) is None and _obstacle(d, mini_batch_size) is None
+
+
+def _obstacle(d: int, size: int) -> str | None:
     """What of a call the kernels do not do, with the fix."""
-    d = q.shape[-1]
     if d > LARGEST:
         return f"d = {d} is over {LARGEST}: use a smaller one, or backend='torch'"
     if padded(size) * padded(d + 1) > LARGEST_TILE:

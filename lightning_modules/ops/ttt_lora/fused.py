@@ -41,57 +41,70 @@ def run(
     Args:
         tokens: q, k, v `[B, T, G, d]` with equal strides, or one tensor of all k, q, v
             one after the other, `[B, T, P]`.
-        eta: `[B, T, G]`.
+        eta: `[]`, `[G]` or `[B, T, G]`.
         base: w_base and below it b_base, `[G, d + 1, d]`.
         norm: gamma and beta in the loss "ln", `[G, 2, d]`; None: the loss is "plain".
         output_norm: those of the output's norm; None: it has none.
         state: that of a group.
     """
-    start: Tensor | None = None
-    pending: tuple[Tensor | None, ...] = (None, None, None)
+    change: tuple[Tensor | None, ...] = (None,) * 5
     before: tuple[Tensor | None, ...] = (None, None, None)
     if state is not None:
-        start = torch.cat([state.dw, state.db.unsqueeze(-2)], dim=-2).to(base.dtype)
-        pending = tuple(x.to(base.dtype).contiguous() for x in state[2:5])
+        change = (*state[:2], *(x.to(base.dtype).contiguous() for x in state[2:5]))
         before = tuple(x.contiguous() for x in state[5:])
-    result = Result(
-        *_Fused.apply(call, before, eta, base, start, *pending, norm, output_norm, *tokens)[:6]
-    )
+    result = Result(*_Fused.apply(call, before, eta, base, *change, norm, output_norm, *tokens))
     progress = call.plan.progress or Progress(*result.progress.unbind(0))
-    change = result.change
-    fields = (change[..., :-1, :], change[..., -1, :], *result[2:5], *progress)
+    after = result.change
+    fields = (after[..., :-1, :], after[..., -1, :], *result[2:5], *progress)
     return result.o, TTTLoRAState(*fields)
 
 
+def one_matrix(dw: Tensor | None, db: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """dw and below it db, `[B, G, d + 1, d]`: a copy only if they do not lie so in memory.
+
+    They do in a state that a call of the kernels has left.
+    """
+    if dw is None or db is None:
+        return None
+    batch, group, d, _ = dw.shape
+    shape, strides = (batch, group, d + 1, d), (group * (d + 1) * d, (d + 1) * d, d, 1)
+    together = dw.dtype == db.dtype == dtype and dw.stride() == strides
+    together = together and db.stride() == (*strides[:2], 1)
+    if together and db.data_ptr() == dw.data_ptr() + d * d * dw.element_size():
+        storage = dw.untyped_storage()
+        if storage.data_ptr() == db.untyped_storage().data_ptr():
+            return dw.as_strided(shape, strides)
+    return torch.cat([dw, db.unsqueeze(-2)], dim=-2).to(dtype)
+
+
 class _Fused(torch.autograd.Function):
-    """See `run`; differentiable once."""
+    """See `run`; differentiable once.
+
+    No `setup_context`: it makes torch look up the signature of `forward` in every call.
+    """
 
     @staticmethod
     def forward(
+        ctx: Any,
         call: Call,
         before: tuple[Tensor | None, ...],
         eta: Tensor,
         base: Tensor,
-        start: Tensor | None,
-        pending_k: Tensor | None,
-        pending_v: Tensor | None,
-        pending_eta: Tensor | None,
-        norm: Tensor | None,
-        output_norm: Tensor | None,
-        *tokens: Tensor,
+        dw: Tensor | None,
+        db: Tensor | None,
+        *others: Tensor | None,
     ) -> tuple[Tensor, ...]:
         from lightning_modules.ops.ttt_lora.kernels.launch import forward
 
-        pending = (pending_k, pending_v, pending_eta)
-        return forward(call, before, eta, base, start, pending, norm, output_norm, tokens)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        call, before, *tensors = inputs
+        start = one_matrix(dw, db, base.dtype)
+        *pending, norm, output_norm = others[:5]
+        tokens = [x for x in others[5:] if x is not None]
+        outputs = forward(call, before, eta, base, start, pending, norm, output_norm, tokens)
         ctx.call = call
-        ctx.save_for_backward(*before, *tensors, *output[6:])
-        ctx.mark_non_differentiable(*output[5:])
+        ctx.save_for_backward(*before, eta, base, start, *others, *outputs[6:])
+        ctx.mark_non_differentiable(outputs[5])
         ctx.set_materialize_grads(False)
+        return outputs[:6]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -103,9 +116,11 @@ class _Fused(torch.autograd.Function):
                 "create_graph=True, or use backend='naive'"
             )
         saved = ctx.saved_tensors
-        needed = ctx.needs_input_grad[4:8]
+        needed = ctx.needs_input_grad[4:9]
         found = backward(ctx.call, saved[:3], saved[3:-2], saved[-2:], grads[:5], any(needed))
-        return None, None, *found
+        of_eta, of_base, change, *rest = found
+        both = (None, None) if change is None else (change[..., :-1, :], change[..., -1, :])
+        return None, None, of_eta, of_base, *both, *rest
 
 
 def triton_ttt_lora(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ def forward(
     """What `_Fused` returns: the fields of `Result`, and the changes kept for backward."""
     q, k, v = split(tokens, base)
     batch, time, group, d = q.shape
+    eta = eta.expand(batch, time, group)
     plan, exact = call.plan, base.new_empty
     kept = exact(batch, group, plan.slots, d + 1, d)
     kept_open = torch.empty_like(kept) if call.mode_b else exact(0)
@@ -76,11 +78,12 @@ def backward(
         grads: of outputs, the change, the open mini-batch; None: zero.
         of_state: whether the gradients of the state are asked for.
     """
-    eta, base, start, *pending, norm, output_norm = inputs[:8]
+    rates, base, start, *pending, norm, output_norm = inputs[:8]
     tokens = [x for x in inputs[8:] if x is not None]
-    assert eta is not None and base is not None
+    assert rates is not None and base is not None
     q, k, v = split(tokens, base)
     batch, time, group, d = q.shape
+    eta, per_token = rates.expand(batch, time, group), rates.dim() == 3
     plan, rows, exact = call.plan, batch * group, base.new_empty
     blocks, matrix = plan.blocks, (d + 1, d)
     grad_o, change, *opened = of_outputs(call, grads, q, base)
@@ -90,11 +93,14 @@ def backward(
     common, outputs = options(call, q, base, norm, start), output_options(call, output_norm)
     extent, eps = (time, blocks, plan.slots, group), (call.eps, call.output_eps)
     shape = strides(q, eta)
-    scanning, reading = warps(call, d, SCANNING), warps(call, d, READING)
+    reading = warps(call, d, READING)
     placed = given((plan.entries, plan.rows, plan.mask), k)
     norms = given((before[0], norm, output_norm), k)
-    new, of_eta = like(tokens, base), exact(batch, time, group)
-    sums = [base.new_zeros(rows, blocks, 2, d if x is not None else 0) for x in (norm, output_norm)]
+    new = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tokens]
+    of_eta = exact(batch, time, group) if per_token else base
+    of_held: Given = (None, None, None)
+    held = start is not None and (of_state or norm is not None)
+    sums, sizes = room_for_sums(base, rows, blocks, (norm, output_norm), per_token, held)
     of_q, of_k, of_v = split(new, base)
     with on_device(q):
         read_backward_kernel[(blocks, rows)](
@@ -106,24 +112,56 @@ def backward(
             *(k, v, eta, base, *given((start, *pending, before[0], norm), k), *placed, kept[0]),
             *given((change,), k),
             *(reads, of_error, pulls, of_pending, of_base, of_start, *shape, *extent, call.eps),
-            **(common | {"FINAL": change is not None} | scanning),
+            **(common | {"FINAL": change is not None} | warps(call, d, SCANNING)),
         )
         token_backward_kernel[(blocks, rows)](
             *(q, k, v, eta, base, *norms, *placed, *kept, grad_o, pulls, of_error),
             *given(opened, k),
-            *(of_q, of_k, of_v, of_eta, *sums, *shape, *of_q.stride()[:3], *extent, *eps),
-            **(common | outputs | {"OPEN": opened[0] is not None} | reading),
+            *(of_q, of_k, of_v, of_eta, sums, *shape, *of_q.stride()[:3], *extent, *eps),
+            **(common | outputs | reading | {"PER_TOKEN": per_token}),
+            **(options_of_sums(sums, blocks, opened) | behind(tokens, base)),
         )
-        of_held: Given = (None, None, None)
-        if start is not None and (of_state or norm is not None):
-            of_held, held_sums = pending_backward(
-                call, (*pending, base, start, before[0], norm), of_pending, opened, common, time
-            )
-            if norm is not None:
-                sums[0] = torch.cat([sums[0], held_sums], dim=1)
-    of_norms = [x.view(batch, group, -1, 2, d).sum((0, 2)) if x.numel() else None for x in sums]
+        if held:
+            state, places = (*pending, base, start, before[0], norm), (time, blocks)
+            of_held = pending_backward(call, state, of_pending, opened, sums, places, common)
+    summed_rates, *of_norms = summed(sums, sizes, (batch, group, d))
+    of_rates = of_eta if per_token else summed_rates.sum_to_size(rates.shape)
     of_change = of_start if start is not None else None
-    return of_eta.to(eta.dtype), of_base.sum(0), of_change, *of_held, *of_norms, *new
+    return of_rates.to(rates.dtype), of_base.sum(0), of_change, *of_held, *of_norms, *new
+
+
+def room_for_sums(
+    base: Tensor, rows: int, blocks: int, norms: Given, per_token: bool, held: bool
+) -> tuple[Tensor, list[int]]:
+    """Room for what each block adds to the gradients of the norms and of eta, `[rows, .., S]`.
+
+    Tokens that the state held get a row behind the blocks if the norm in the loss is there.
+
+    Returns:
+        The room, and how many of the S numbers are of which norm and of eta.
+    """
+    d = base.shape[-1]
+    sizes = [*(0 if x is None else 2 * d for x in norms), 0 if per_token else 1]
+    extra = held and norms[0] is not None
+    make = base.new_zeros if extra else base.new_empty
+    return make(rows, blocks + extra, sum(sizes)), sizes
+
+
+def options_of_sums(sums: Tensor, blocks: int, opened: Given) -> dict[str, Any]:
+    """What the last kernel is compiled for beside the others' options."""
+    extra = {"SUMS": sums.shape[-1], "ROWS": sums.shape[1] - blocks}
+    return {"OPEN": opened[0] is not None, **extra}
+
+
+def summed(
+    sums: Tensor, sizes: Sequence[int], shape: tuple[int, int, int]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of eta `[G]` and of both norms `[G, 2, d]` from those of all blocks."""
+    batch, group, d = shape
+    total = sums.view(batch, group, *sums.shape[1:]).sum((0, 2))
+    inner, output, eta = total.split(sizes, dim=-1)
+    inner, output = (x.unflatten(-1, (2, d)) if x.numel() else None for x in (inner, output))
+    return eta.squeeze(-1), inner, output
 
 
 def of_outputs(call: Call, grads: Given, q: Tensor, base: Tensor) -> Given:
@@ -145,23 +183,24 @@ def pending_backward(
     inputs: Given,
     gradient: Tensor,
     opened: Sequence[Tensor | None],
+    sums: Tensor,
+    extent: tuple[int, int],
     common: Any,
-    time: int,
-) -> tuple[Given, Tensor]:
-    """Gradients of the state's tokens, and by the norm."""
+) -> Given:
+    """Gradients of the state's tokens; those by the norm go into the last row of `sums`."""
     *pending, base, start, count, norm = inputs
     assert base is not None and pending[0] is not None
     batch, _, group, d = pending[0].shape
     held = [torch.empty_like(x) for x in pending if x is not None]
-    sums = base.new_empty(batch * group, 1, 2, d) if norm is not None else base.new_empty(0)
     pending_backward_kernel[(batch * group,)](
         *(*pending, base, start, count, *given((norm, call.plan.rows), base), gradient),
-        *(*given(opened, base), *held, sums, time, group, call.eps),
+        *(*given(opened, base), *held, sums, *extent, group, call.eps),
         **{key: common[key] for key in PENDING_OPTIONS},
         OPEN=opened[0] is not None,
+        SUMS=sums.shape[-1],
         **warps(call, d, READING),
     )
-    return tuple(held), sums
+    return tuple(held)
 
 
 SCANNING = 4
@@ -177,17 +216,18 @@ def split(tokens: Sequence[Tensor], base: Tensor) -> Sequence[Tensor]:
     """q, k and v, `[B, T, G, d]`."""
     if len(tokens) == 3:
         return tokens
-    group, _, d = base.shape
-    k, q, v = tokens[0][..., : 3 * group * d].unflatten(-1, (3, group, d)).unbind(2)
+    (group, _, d), x = base.shape, tokens[0]
+    rows, times, columns = x.stride()
+    strides = (group * d * columns, rows, times, d * columns, columns)
+    k, q, v = x.as_strided((3, *x.shape[:2], group, d), strides, x.storage_offset()).unbind(0)
     return q, k, v
 
 
-def like(tokens: Sequence[Tensor], base: Tensor) -> list[Tensor]:
-    """Room for the gradients of tokens; zeros behind k, q and v."""
+def behind(tokens: Sequence[Tensor], base: Tensor) -> dict[str, int]:
+    """Columns behind k, q and v, whose gradients are zeros, and their number as a power of two."""
     used = 3 * base.shape[0] * base.shape[-1]
-    if len(tokens) == 1 and tokens[0].shape[-1] > used:
-        return [torch.zeros_like(tokens[0], memory_format=torch.contiguous_format)]
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tokens]
+    columns = tokens[0].shape[-1] - used if len(tokens) == 1 else 0
+    return {"BEHIND": columns, "BEHIND_TILE": 1 << max(columns - 1, 0).bit_length()}
 
 
 def strides(q: Tensor, eta: Tensor) -> tuple[int, ...]:
@@ -204,21 +244,18 @@ def options(
     call: Call, q: Tensor, base: Tensor, norm: Tensor | None, start: Tensor | None
 ) -> dict[str, Any]:
     """What the kernels are compiled for: sizes and features."""
-    d = q.shape[-1]
-    return {
-        "SIZE": call.size,
-        "D": d,
-        "M": call.plan.tile,
-        "BK": padded(d + 1),
-        "BD": padded(d),
-        "ACC": tl.float64 if base.dtype == torch.float64 else tl.float32,
-        "MODE_B": call.mode_b,
-        "LN": norm is not None,
-        "UNIT": call.unit,
-        "MASKED": call.plan.mask is not None,
-        "PLANNED": call.plan.entries is not None,
-        "STATE": start is not None,
-    }
+    plan, exact = call.plan, base.dtype == torch.float64
+    planned = {"MASKED": plan.mask is not None, "PLANNED": plan.entries is not None}
+    features = {"MODE_B": call.mode_b, "LN": norm is not None, "UNIT": call.unit}
+    sizes = sizes_of_tiles(call.size, q.shape[-1], plan.tile, exact)
+    return {**sizes, **features, **planned, "STATE": start is not None}
+
+
+@cache
+def sizes_of_tiles(size: int, d: int, tile: int, exact: bool) -> dict[str, Any]:
+    """Of mini-batches, adapters and tiles, and what is added up in."""
+    acc = tl.float64 if exact else tl.float32
+    return {"SIZE": size, "D": d, "M": tile, "BK": padded(d + 1), "BD": padded(d), "ACC": acc}
 
 
 def output_options(call: Call, output_norm: Tensor | None) -> dict[str, Any]:
@@ -232,8 +269,13 @@ def warps(call: Call, d: int, few: int) -> dict[str, int]:
 
     The compiler does not pipeline loops: the scans fetch a block ahead by themselves.
     """
+    return _warps(call.plan.tile, d, few)
+
+
+@cache
+def _warps(tile: int, d: int, few: int) -> dict[str, int]:
     keys, values = padded(d + 1), padded(d)
-    largest = max(call.plan.tile * keys, keys * values)
+    largest = max(tile * keys, keys * values)
     return {"num_warps": few if largest <= 256 else 4 if largest <= 1024 else 8, "num_stages": 1}
 
 

@@ -81,13 +81,80 @@ def add_open(dk, dv, deta, open_k, open_v, open_eta, groups, slot, live, D: tl.c
 
 
 @triton.jit
-def store_sums(pointer, block, x, y, D: tl.constexpr, WANTED: tl.constexpr):
-    """Sums over the tokens of a block, `[2, d]`."""
-    column = tl.arange(0, x.shape[1])
-    if WANTED:
-        first = pointer + block * 2 * D + column
-        tl.store(first, tl.sum(x, 0), mask=column < D)
-        tl.store(first + D, tl.sum(y, 0), mask=column < D)
+def store_sums(
+    sums,
+    dgamma,
+    dbeta,
+    dgain,
+    dshift,
+    deta,
+    D: tl.constexpr,
+    LN: tl.constexpr,
+    OUTPUT_NORM: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+):
+    """Sums over the tokens of a block, one after the other: of both norms `[2, d]`, of eta `[1]`.
+
+    What is not there takes no room: a norm, and the sum of eta where it is per token.
+    """
+    column = tl.arange(0, dgamma.shape[1])
+    if LN:
+        tl.store(sums + column, tl.sum(dgamma, 0), mask=column < D)
+        tl.store(sums + D + column, tl.sum(dbeta, 0), mask=column < D)
+        sums += 2 * D
+    if OUTPUT_NORM:
+        tl.store(sums + column, tl.sum(dgain, 0), mask=column < D)
+        tl.store(sums + D + column, tl.sum(dshift, 0), mask=column < D)
+        sums += 2 * D
+    if not PER_TOKEN:
+        tl.store(sums, tl.sum(deta, 0))
+
+
+@triton.jit
+def read_weights(
+    weights, saved_open, slot, D: tl.constexpr, MODE_B: tl.constexpr, ACC: tl.constexpr
+):
+    """What multiplies the queries of a block, without the bias: in mode B also what is open."""
+    if MODE_B:
+        weights += kept_matrix(saved_open, slot, D, D, weights.shape[0], weights.shape[1], ACC)
+    return weights
+
+
+@triton.jit
+def store_rates(grad_eta, start, stride, inside, live, deta, PER_TOKEN: tl.constexpr):
+    """Gradients of step sizes, 0 for tokens that do not exist; into memory if PER_TOKEN."""
+    deta = tl.where(live, deta, 0.0)
+    if PER_TOKEN:
+        first = grad_eta + tl.cast(start, tl.int64) * stride
+        tl.store(first + tl.arange(0, deta.shape[0]) * stride, deta, mask=inside)
+    return deta
+
+
+@triton.jit
+def clear_sums(
+    sums,
+    M: tl.constexpr,
+    BD: tl.constexpr,
+    ACC: tl.constexpr,
+    D: tl.constexpr,
+    LN: tl.constexpr,
+    OUTPUT_NORM: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+):
+    """The sums of a block without tokens."""
+    none = tl.zeros([M, BD], ACC)
+    rates = tl.zeros([M], ACC)
+    store_sums(sums, none, none, none, none, rates, D, LN, OUTPUT_NORM, PER_TOKEN)
+
+
+@triton.jit
+def clear_behind(
+    rest, start, stride, inside, BEHIND: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr
+):
+    """Zeros in the columns behind k, q and v."""
+    if BEHIND > 0:
+        none = tl.zeros([inside.shape[0], TILE], ACC)
+        store_rows(rest, start, stride, inside, none, BEHIND)
 
 
 @triton.jit
@@ -134,8 +201,7 @@ def token_backward_kernel(
     grad_k,
     grad_v,
     grad_eta,
-    grad_norm,
-    grad_output_norm,
+    sums,
     sb,
     st,
     sg,
@@ -167,14 +233,24 @@ def token_backward_kernel(
     OUTPUT_NORM: tl.constexpr,
     RESIDUAL: tl.constexpr,
     OPEN: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    SUMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BEHIND: tl.constexpr,
+    BEHIND_TILE: tl.constexpr,
 ):
-    """Gradients of the tokens of one block. Grid: `(blocks, B * G)`."""
+    """Gradients of the tokens of one block. Grid: `(blocks, B * G)`.
+
+    Behind the blocks' SUMS numbers there is room for ROWS times as many, behind k, q and v there
+    are BEHIND columns.
+    """
     n, pid = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, member, matrix = pid // groups, pid % groups, (D + 1) * D
     waiting = waiting_in(counts, row, time, STATE)
     count, opened = extent_of(plan_rows, waiting, row, time, SIZE, PLANNED)
-    block = pid * blocks + n
+    block, sums = pid * blocks + n, sums + (pid * (blocks + ROWS) + n) * SUMS
     if n >= count:
+        clear_sums(sums, M, BD, ACC, D, LN, OUTPUT_NORM, PER_TOKEN)
         return
     start, stop, _, _, before, slot = block_of(plan, waiting, row, n, blocks, time, SIZE, PLANNED)
     token, own = row * sb + member * sg, row * time * groups + member
@@ -197,9 +273,7 @@ def token_backward_kernel(
     read = read_of(queries, weights, keys, step, error, saved_open, slot, D, MODE_B, ACC)
     output_norm += member * 2 * D
     dread, dgain = read_gradient(grad, read, output_norm, output_eps, OUTPUT_NORM, D, ACC)
-    if MODE_B:
-        narrow += kept_matrix(saved_open, slot, D, D, BD, BD, ACC)
-    dq = product(dread, tl.trans(narrow), ACC)
+    dq = product(dread, tl.trans(read_weights(narrow, saved_open, slot, D, MODE_B, ACC)), ACC)
     if MODE_B:
         used = unit(qt, UNIT)
         of_q, of_k, of_step = mixing_backward(dread, error, queries, keys, used, k_used, step, ACC)
@@ -215,13 +289,13 @@ def token_backward_kernel(
     first = row * gb + member * gg
     store_tokens(grad_q + first, grad_k + first, grad_v + first, start, gt, inside, live,
                  dq, unit_backward(dk, kt, UNIT), dv, D)  # fmt: skip
-    of_eta = grad_eta + (row * time + start + tl.arange(0, M)) * groups + member
-    tl.store(of_eta, tl.where(live, deta, 0.0), mask=inside)
-    store_sums(grad_norm, block, dgamma, dbeta, D, LN)
-    store_sums(grad_output_norm, block, dgain, grad, D, OUTPUT_NORM)
+    rest = grad_k + row * gb + 3 * groups * D  # k comes first in a token's row
+    clear_behind(rest, start, gt, inside & (member == 0), BEHIND, BEHIND_TILE, ACC)
+    deta = store_rates(grad_eta + own, start, groups, inside, live, deta, PER_TOKEN)
+    store_sums(sums, dgamma, dbeta, dgain, grad, deta, D, LN, OUTPUT_NORM, PER_TOKEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time", "blocks"])
 def pending_backward_kernel(
     k,
     v,
@@ -238,8 +312,9 @@ def pending_backward_kernel(
     grad_k,
     grad_v,
     grad_eta,
-    grad_norm,
+    sums,
     time,
+    blocks,
     groups,
     eps,
     SIZE: tl.constexpr,
@@ -251,8 +326,12 @@ def pending_backward_kernel(
     LN: tl.constexpr,
     PLANNED: tl.constexpr,
     OPEN: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
-    """Gradients of the tokens that the state held. Grid: `(B * G,)`."""
+    """Gradients of the tokens that the state held. Grid: `(B * G,)`.
+
+    The sums of the norm in the loss come in a row of their own behind those of the blocks.
+    """
     pid = tl.program_id(0).to(tl.int64)
     row, member, matrix, wide = pid // groups, pid % groups, (D + 1) * D, groups * D
     waiting = waiting_in(counts, row, time, True)
@@ -287,4 +366,7 @@ def pending_backward_kernel(
     store_rows(grad_k + own, 0, wide, inside, dk, D)
     store_rows(grad_v + own, 0, wide, inside, dv, D)
     tl.store(grad_eta + of_eta + place * groups, tl.where(live, deta, 0.0), mask=inside)
-    store_sums(grad_norm, pid, dgamma, dbeta, D, LN)
+    if LN:
+        column, sums = tl.arange(0, BD), sums + (pid * (blocks + 1) + blocks) * SUMS
+        tl.store(sums + column, tl.sum(dgamma, 0), mask=column < D)
+        tl.store(sums + D + column, tl.sum(dbeta, 0), mask=column < D)
