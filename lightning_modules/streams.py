@@ -169,6 +169,8 @@ class StreamState:
         slots, reading = space.slots, space.reading
         if self._last is not None:
             slots, reading = self._last.outgoing, self._last.reading
+        if not any(plan.is_first):  # known on the host: else every slot would be copied
+            return slots, reading
         # A slot in which no reader stands yet is read from what was learned.
         stands = {slot: fields for slot, fields in start.items() if slot in reading}
         return reset_rows(slots, is_first, start), reset_rows(reading, is_first, stands)
