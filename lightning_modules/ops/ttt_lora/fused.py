@@ -99,7 +99,7 @@ class _Fused(torch.autograd.Function):
         start = one_matrix(dw, db, base.dtype)
         *pending, norm, output_norm = others[:5]
         tokens = [x for x in others[5:] if x is not None]
-        outputs = forward(call, before, eta, base, start, pending, norm, output_norm, tokens)
+        outputs = forward(call, before, eta, base, start, tuple(pending), norm, output_norm, tokens)
         ctx.call = call
         ctx.save_for_backward(*before, eta, base, start, *others, *outputs[6:])
         ctx.mark_non_differentiable(outputs[5])

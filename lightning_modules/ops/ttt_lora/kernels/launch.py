@@ -20,7 +20,7 @@ from lightning_modules.ops.ttt_lora.kernels.tokens import (
     token_backward_kernel,
 )
 
-Given = tuple[Tensor | None, ...]
+Given = Sequence[Tensor | None]
 
 
 def forward(
