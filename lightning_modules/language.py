@@ -109,9 +109,13 @@ class LanguageModule(SizedModule):
         """Let `generate` stop at the data's end of a document, not at a configuration's default."""
         assert self.model is not None
         ends = getattr(self.model, "generation_config", None)
-        if ends is not None:
-            for name in ("bos", "eos", "pad"):
-                setattr(ends, f"{name}_token_id", self.features.get(f"{name}_id"))
+        if ends is None:
+            return
+        bos, eos, pad = (self.features.get(f"{name}_id") for name in ("bos", "eos", "pad"))
+        # transformers hides what looks like padding in a prompt: a token that is read, too, where
+        # data have none of its own, must not.
+        pad = eos if pad in (bos, 0) else pad
+        ends.bos_token_id, ends.eos_token_id, ends.pad_token_id = bos, eos, pad
 
     def logits(self, chunk: Chunk, fast_state: FastState) -> Tensor:
         """Scores of the next token at every position, `[B, T, vocabulary]`."""
