@@ -229,6 +229,8 @@ def _wrong_value(
     choices = [str(c) for t in _leaves(hint) if get_origin(t) is Literal for c in get_args(t)]
     expected = f"a mapping with keys {_enumerate(keys)}" if keys else describe_type(hint)
     way_out = f": expected {expected}{_suggest(values[-1], choices, otherwise='')}"
+    if get_origin(hint) in (tuple, list) and re.fullmatch(r"[\w.]+", values[-1]):
+        way_out += f"; write it as a list: '[{values[-1]}]'"
     return Finding(f"wrong value {values[-1][:80]!r} for", key, way_out=way_out)
 
 
