@@ -39,6 +39,21 @@ def test_wrong_use_of_the_command_line_is_named(run_cli, args, message) -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "answer"),
+    [
+        ("--max_steps", "'max_steps'; did you mean 'trainer.max_steps'?"),
+        ("--model.memory_size", "CaseModule; did you mean 'expert.memory'?"),
+        ("--model.hidden", "CaseModule; did you mean 'expert.hidden_size'?"),
+        ("--model.horizn", "CaseModule; did you mean 'horizon'?"),
+    ],
+)
+def test_an_option_without_its_group_is_found(fit, key, answer) -> None:
+    result = fit(key, "3")
+    assert result.code == 2
+    assert result.last_line.endswith(answer)
+
+
+@pytest.mark.parametrize(
     ("args", "code", "message"),
     [
         (("--trainer.accelerator", "gpu"), 1, "torch finds no GPU here: use --trainer.acc"),
