@@ -11,6 +11,7 @@ TRITON := triton==3.6.0
 .PHONY: help install quickstart test test-all lint
 
 help:
+	@echo "make install      make .venv; every other target does it first (2.7 GB, minutes)"
 	@echo "make quickstart   record FetchReach, train a policy on it and evaluate it"
 	@echo "make test         every test that is not slow (<= 5 minutes on 2 cores)"
 	@echo "make test-all     every test (<= 45 minutes on 2 cores)"

@@ -90,10 +90,10 @@ def _run(commands: Sequence[str], args: list[str] | None) -> None:
     import callbacks
     import datamodules
     import lightning_modules
-    from callbacks.next_steps import next_steps
+    from callbacks.next_steps import InterruptedFit, next_steps
     from lightning_modules.base import AdapterModule
     from lightning_modules.config_parser import ConfigParser
-    from lightning_modules.quiet import leave_out_noise
+    from lightning_modules.quiet import leave_out_moved_checkpoints, leave_out_noise
 
     for package in (lightning_modules, datamodules):
         for name in package.__all__:
@@ -106,6 +106,9 @@ def _run(commands: Sequence[str], args: list[str] | None) -> None:
         def subcommands() -> dict[str, set[str]]:
             # Making the parser of all options takes longest: none for commands not asked for.
             return {name: LightningCLI.subcommands()[name] for name in commands}
+
+        def before_fit(self) -> None:
+            self.trainer.callbacks.append(InterruptedFit())  # type: ignore[attr-defined]
 
         def after_fit(self) -> None:
             for line in next_steps(self.trainer) if self.trainer.is_global_zero else ():
@@ -126,6 +129,7 @@ def _run(commands: Sequence[str], args: list[str] | None) -> None:
                 trainer_callbacks.append(callbacks.PredictionWriter())
 
         def _say_whose_weights(self, command: str) -> None:
+            leave_out_moved_checkpoints()
             if self.config_init[command].ckpt_path is None and self.trainer.is_global_zero:
                 print(
                     f"note: {command} without --ckpt_path uses the model as it is before training; "

@@ -63,6 +63,13 @@ class ActionChunkConfig:
             )
         if not self.state_keys:
             raise ValueError("state_keys is empty; name at least one numeric feature")
+        if ACTION in self.state_keys:
+            raise ValueError(
+                f"state_keys={list(self.state_keys)} has {ACTION!r}, which is what is predicted: "
+                "take it out"
+            )
+        if len(set(self.state_keys)) < len(self.state_keys):
+            raise ValueError(f"state_keys={list(self.state_keys)} names a feature twice")
 
 
 def to_delta(actions: ArrayT, state: ArrayT, dims: Sequence[int]) -> ArrayT:

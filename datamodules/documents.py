@@ -256,7 +256,18 @@ def _without_aliases(files: dict[str, Path]) -> dict[str, Path]:
 
 
 def describe_skips(skipped: Sequence[Skipped], total: int, items: str = "documents") -> str:
-    """One sentence with the number of skipped documents (or other items) and the first few."""
-    first = ", ".join(f"{skip.name} ({skip.reason})" for skip in skipped[:3])
-    more = ", ..." if len(skipped) > 3 else ""
-    return f"{len(skipped)} of {total} {items} were skipped: {first}{more}"
+    """One sentence with the number of skipped documents (or other items) and the first few.
+
+    Every reason is said once, behind the first three that it holds for.
+    """
+    if not total:
+        return f"it has no {items}"
+    by_reason: dict[str, list[str]] = {}
+    for skip in skipped:
+        by_reason.setdefault(skip.reason, []).append(skip.name)
+    first = [f"{_first(names)} ({reason})" for reason, names in by_reason.items()]
+    return f"{len(skipped)} of {total} {items} were skipped: {_first(first)}"
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])

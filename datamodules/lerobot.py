@@ -212,7 +212,9 @@ def read_info(root: Path) -> dict[str, Any]:
         LeRobotFormatError: another version of the format.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root}; give the path of a LeRobot {VERSION} dataset")
+        raise FileNotFoundError(
+            f"no folder {root}; give the path of a LeRobot {VERSION} dataset (--data.root PATH)"
+        )
     path = root / INFO_PATH
     if not path.is_file():
         raise FileNotFoundError(

@@ -186,8 +186,28 @@ def _unknown_key(parser: argparse.ArgumentParser, key: str) -> Finding:
             break
     if depth == 0 and not getattr(parser, "exit_on_error", True):
         siblings.update(_CLASS_KEYS)
-    way_out = _suggest(parts[depth], siblings)
+    deeper = _deeper(parser, ".".join(parts[:depth]), parts[depth])
+    near = difflib.get_close_matches(parts[depth], siblings, cutoff=0.6)
+    if deeper and not near:
+        way_out = "; did you mean " + " or ".join(f"'{name}'" for name in deeper) + "?"
+    else:
+        way_out = _suggest(parts[depth], siblings)
     return Finding("unknown key", ".".join(parts[: depth + 1]), way_out=way_out)
+
+
+def _deeper(parser: argparse.ArgumentParser, key: str, name: str) -> list[str]:
+    """Keys further below `key` whose last component is the closest to `name`, at most three."""
+    prefix = f"{key}." if key else ""
+    below: set[str] = set()
+    for action in _arguments(parser):
+        if action.dest.startswith(prefix):
+            options = [t for t in _leaves(_hint(action)) if dataclasses.is_dataclass(t)]
+            fields = [field.name for t in options for field in dataclasses.fields(t)]
+            below |= {action.dest, *(f"{action.dest}.{field}" for field in fields)}
+    found = sorted(dest[len(prefix) :] for dest in below if "." in dest[len(prefix) :])
+    last = {dest.rpartition(".")[2] for dest in found}
+    close = difflib.get_close_matches(name, sorted(last), n=1, cutoff=0.65)
+    return [dest for dest in found if dest.rpartition(".")[2] in close][:3]
 
 
 def _wrong_class(key: str, hint: Any, message: str) -> Finding | None:
@@ -229,6 +249,8 @@ def _wrong_value(
     choices = [str(c) for t in _leaves(hint) if get_origin(t) is Literal for c in get_args(t)]
     expected = f"a mapping with keys {_enumerate(keys)}" if keys else describe_type(hint)
     way_out = f": expected {expected}{_suggest(values[-1], choices, otherwise='')}"
+    if get_origin(hint) in (tuple, list) and re.fullmatch(r"[\w.]+", values[-1]):
+        way_out += f"; write it as a list: '[{values[-1]}]'"
     return Finding(f"wrong value {values[-1][:80]!r} for", key, way_out=way_out)
 
 

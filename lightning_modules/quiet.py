@@ -20,5 +20,10 @@ def leave_out_noise() -> None:
         logger.addFilter(_is_no_tip)
 
 
+def leave_out_moved_checkpoints() -> None:
+    """Lightning warns an evaluation that it tracks no best checkpoint, which only a fit does."""
+    warnings.filterwarnings("ignore", message="The dirpath has changed from")
+
+
 def _is_no_tip(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("💡 Tip:")

@@ -24,9 +24,24 @@ class StreamPlan(NamedTuple):
 
     @classmethod
     def of(cls, chunk: Mapping[str, Any]) -> StreamPlan:
-        """The plan that collate put into the chunk, or one read from its tensors (one wait)."""
+        """The plan that collate put into the chunk, or one read from its tensors (one wait).
+
+        Raises:
+            TypeError: not a chunk, e.g. a batch that is a mapping was gone through like a list.
+            ValueError: the chunk does not say which file each row reads.
+        """
+        if not isinstance(chunk, Mapping):
+            raise TypeError(
+                f"a chunk is a mapping of names to tensors, not a {type(chunk).__name__}: a batch "
+                "is a list of chunks (one chunk: [chunk])"
+            )
         if "plan" in chunk:
             return cls(*chunk["plan"])
+        if missing := [name for name in cls._fields if name not in chunk]:
+            raise ValueError(
+                f"the chunk has no {', '.join(missing)}: beside your tensors it needs "
+                f"{', '.join(cls._fields)}, [B] each, which say what file a row reads and where"
+            )
         return cls(*(tuple(chunk[name].tolist()) for name in cls._fields))
 
 

@@ -29,9 +29,10 @@ _ELSEWHERE: list[tuple[type[BaseException], str, str]] = [
     ),
     (
         RuntimeError,
-        r"Error\(s\) in loading state_dict for \w+:\s*(?P<first>[^\n]*?)[:.]*(?: copying|\n|$)",
+        r"Error\(s\) in loading state_dict for \w+:\s*"
+        r"(?P<first>\w+ key\(s\) in state_dict: \"[^\"]*\"|[^\n]*?(?=[:.]*(?: copying|\n|$)))",
         "the checkpoint does not fit the model ({first}): give the config.yaml of the run that "
-        "wrote it, or train anew",
+        "wrote it (--config RUN/config.yaml), or train anew",
     ),
     (
         ValueError,

@@ -63,6 +63,17 @@ class CaseMonitor(Callback):
         print("callbacks:", *(type(callback).__name__ for callback in trainer.callbacks))
 
 
+class CaseInterrupt(Callback):
+    """What Ctrl-C does, behind a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
 CONFIG = """
 trainer:
   max_steps: 2

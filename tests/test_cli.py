@@ -100,6 +100,26 @@ def test_fit_ends_with_a_command_that_runs(fit, run_cli, tmp_path) -> None:
     assert tested.code == 0, tested.err
 
 
+@pytest.mark.parametrize("step", [1, 2])
+def test_interrupted_fit_says_how_it_goes_on(fit, run_cli, tmp_path, step: int) -> None:
+    logger = ("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", str(tmp_path))
+    saving = ("--trainer.enable_checkpointing", "true", "--trainer.callbacks+=ModelCheckpoint")
+    often = ("--trainer.callbacks.save_last", "true", "--trainer.callbacks.every_n_train_steps")
+    ctrl_c = ("--trainer.callbacks+=CaseInterrupt", "--trainer.callbacks.step", str(step))
+    result = fit(*logger, *saving, *often, "1", *ctrl_c)
+    assert result.code == 1
+    lines = result.out.splitlines()
+    assert f"interrupted at step {step}" in lines
+    if step == 1:  # checkpoints are saved behind all other callbacks, so there is none yet
+        assert lines[-1] == "no checkpoint was saved yet: the next fit begins anew"
+        return
+    run = "lightning_logs/version_0"
+    command = f"fit --config {run}/config.yaml --ckpt_path {run}/checkpoints/last.ckpt"
+    assert lines[-1] == f"go on: python cli.py {command}"
+    again = run_cli(*command.split(), "--trainer.max_steps", "1")
+    assert again.code == 0, again.err
+
+
 def test_fit_without_logger_and_checkpoint_promises_nothing(fit) -> None:
     assert "next:" not in fit().out
 

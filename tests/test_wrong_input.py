@@ -39,6 +39,21 @@ def test_wrong_use_of_the_command_line_is_named(run_cli, args, message) -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "answer"),
+    [
+        ("--max_steps", "'max_steps'; did you mean 'trainer.max_steps'?"),
+        ("--model.memory_size", "CaseModule; did you mean 'expert.memory'?"),
+        ("--model.hidden", "CaseModule; did you mean 'expert.hidden_size'?"),
+        ("--model.horizn", "CaseModule; did you mean 'horizon'?"),
+    ],
+)
+def test_an_option_without_its_group_is_found(fit, key, answer) -> None:
+    result = fit(key, "3")
+    assert result.code == 2
+    assert result.last_line.endswith(answer)
+
+
+@pytest.mark.parametrize(
     ("args", "code", "message"),
     [
         (("--trainer.accelerator", "gpu"), 1, "torch finds no GPU here: use --trainer.acc"),
@@ -51,6 +66,8 @@ def test_wrong_use_of_the_command_line_is_named(run_cli, args, message) -> None:
         (("--ckpt_path", "cut.ckpt"), 1, "names is damaged or not complete: use another one"),
         (("--ckpt_path", "."), 1, "is a folder: name the file, e.g."),
         (("--ckpt_path", "other.ckpt"), 1, "the checkpoint does not fit the model (size mismatch"),
+        (("--model.expert.memory.rates", "x"), 2, "; write it as a list: '[x]'"),
+        (("--ckpt_path", "less.ckpt"), 1, '(Missing key(s) in state_dict: "layer.weight"): give'),
         (("--data.num_workers", "-1"), 1, "num_workers=-1 must be at least 0"),
     ],
 )
@@ -63,6 +80,8 @@ def test_wrong_value_ends_in_one_line_without_a_traceback(
     state = {"layer.weight": torch.zeros(2, 2), "layer.bias": torch.zeros(4)}
     checkpoint: dict[str, Any] = {"state_dict": state, "loops": {}, "global_step": 0, "epoch": 0}
     torch.save({**checkpoint, "pytorch-lightning_version": "2.6.0"}, tmp_path / "other.ckpt")
+    checkpoint["state_dict"] = {}
+    torch.save({**checkpoint, "pytorch-lightning_version": "2.6.0"}, tmp_path / "less.ckpt")
     (tmp_path / "cut.ckpt").write_bytes((tmp_path / "other.ckpt").read_bytes()[:500])
     result = fit(*args)
     assert result.code == code

@@ -202,6 +202,8 @@ def test_horizon_longer_than_every_episode_names_the_longest(folder: Path) -> No
         ({"mode": "random"}, "choose stream or shuffled"),
         ({"mode": "shuffled", "goal_visible_chunks": (0,)}, "needs mode: stream"),
         ({"state_keys": ()}, "state_keys is empty"),
+        ({"state_keys": ("observation.state", "action")}, "'action', which is what is predicted"),
+        ({"state_keys": ("next.reward", "next.reward")}, "names a feature twice"),
         ({"delta_actions": (2,)}, r"delta_actions \[2\].*0 to 1"),
         ({"episodes": ()}, "no episode"),
     ],

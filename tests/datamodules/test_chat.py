@@ -224,6 +224,9 @@ def test_bad_conversations_are_counted_in_every_run_and_strict_refuses_them(path
 
 
 def test_nothing_to_learn_from_is_an_error_with_the_reasons(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=r"empty.jsonl: it has no conversations$"):
+        make_chat(tmp_path / "empty.jsonl")
     path = write_lines(tmp_path / "chat.jsonl", [{"text": "x"}])
     with pytest.raises(
         ValueError, match=r"nothing to learn from in .*jsonl: 1 of 1 conv.*has text"

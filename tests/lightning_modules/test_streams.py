@@ -256,6 +256,16 @@ def test_a_gap_in_a_stream_is_an_error(chunk: dict, message: str) -> None:
         streams.begin(chunk)
 
 
+def test_a_chunk_that_does_not_say_what_it_reads_is_an_error() -> None:
+    chunk = {
+        name: value for name, value in make_chunk(0).items() if name not in ("plan", "is_first")
+    }
+    with pytest.raises(ValueError, match="the chunk has no is_first: beside your tensors"):
+        StreamPlan.of(chunk)
+    with pytest.raises(TypeError, match=r"not a str: a batch is a list of chunks"):
+        StreamPlan.of(next(iter(chunk)))
+
+
 def test_a_stream_that_begins_in_the_middle_without_state_is_an_error() -> None:
     streams = StreamState()
     streams.begin_step("train")
