@@ -147,7 +147,8 @@ class LeRobotDataset:
         locations = np.empty((total, 2), np.int64)
         for file, (path, count) in enumerate(zip(self.data_files, rows, strict=True)):
             start, end = end, end + count
-            table = pq.read_table(path, columns=[*names, *_ORDER], partitioning=None)
+            # A feature may be one of the columns of the order, and is read once then.
+            table = pq.read_table(path, columns=[*{*names, *_ORDER}], partitioning=None)
             for targets in (columns, order):
                 for name, target in targets.items():
                     target[start:end] = _to_array(table[name], target.shape[1], path, name)

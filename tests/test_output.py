@@ -49,7 +49,8 @@ def test_a_warning_is_found() -> None:
 def test_no_command_warns(name: str, tmp_path: Path) -> None:
     output = run("fit", name, tmp_path)
     assert "Tip:" not in output
-    assert f"next: python cli.py test --config runs/{name}/version_0/config.yaml" in output
+    program = ROOT / "cli.py"
+    assert f"next: python {program} test --config runs/{name}/version_0/config.yaml" in output
     for command in ("validate", "test", "predict"):
         limit = "val" if command == "validate" else command
         few = (f"--trainer.limit_{limit}_batches", "2")

@@ -96,6 +96,12 @@ def test_samples_are_copies_of_the_dataset(folder: Path) -> None:
     np.testing.assert_array_equal(dataset[request(0, 0)]["action"], values("action", 0)[:4])
 
 
+def test_the_number_of_the_frame_may_be_part_of_the_state(folder: Path) -> None:
+    data = LeRobotDataset(folder, ("observation.state", "frame_index", "action"))
+    frames = data.episode(2, "frame_index")[:, 0]
+    np.testing.assert_array_equal(frames, np.arange(len(frames)))
+
+
 def test_states_are_concatenated_in_the_given_order(folder: Path) -> None:
     data = LeRobotDataset(folder, ("observation.state", "next.reward", "action"))
     config = ActionChunkConfig(horizon=4, stride=2, state_keys=("next.reward", "observation.state"))
