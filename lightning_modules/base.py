@@ -173,7 +173,7 @@ class AdapterModule(TunableStreams):
         loss, mean = over_processes(
             torch.stack(losses), lambda: torch.stack([self.chunk_targets(c) for c in batch])
         )
-        self.log("train/loss", mean.mean(), batch_size=_rows(batch))
+        self.log("train/loss", mean, batch_size=_rows(batch))
         total = loss.sum()
         for name, values in auxiliary.items():
             value = torch.stack(values).sum()

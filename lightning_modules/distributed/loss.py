@@ -17,20 +17,19 @@ def over_processes(losses: Tensor, targets: Callable[[], Tensor]) -> tuple[Tenso
 
     Args:
         losses: mean loss of each of the k chunks of a step on this process, `[k]`.
-        targets: gives over how many targets each of them is the mean, `[k]`; asked in several
-            processes only.
+        targets: gives over how many targets each of them is the mean, `[k]`.
 
     Returns:
-        Losses to differentiate, and (without gradient) the means over all processes, `[k]` each;
-        in a single process the losses themselves.
+        Losses to differentiate, `[k]`, in a single process the losses themselves; and (without
+        gradient) the mean over all targets of the step, a scalar: chunks without any, in which
+        files have ended, do not lower it.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return losses, losses.detach()
-    world_size = torch.distributed.get_world_size()
-    if world_size == 1:
-        return losses, losses.detach()
     here = targets().to(torch.promote_types(losses.dtype, torch.float32))
     both = torch.stack([here, here * losses.detach()])
-    torch.distributed.all_reduce(both)
-    count = both[0].clamp(min=1)
-    return losses * (world_size * here / count).to(losses.dtype), both[1] / count
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    world_size = torch.distributed.get_world_size() if distributed else 1
+    if world_size > 1:
+        torch.distributed.all_reduce(both)
+        losses = losses * (world_size * here / both[0].clamp(min=1)).to(losses.dtype)
+    count, total = both.sum(1)
+    return losses, total / count.clamp(min=1)

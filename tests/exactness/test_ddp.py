@@ -89,7 +89,9 @@ def averaged(folder: Path, path: Path, options: dict[str, Any]) -> dict[str, Any
 def mean_of_means(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Every process takes the mean over its own labels."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base, "over_processes", lambda losses, targets: (losses, losses.detach()))
+        patch.setattr(
+            base, "over_processes", lambda losses, targets: (losses, losses.detach().mean())
+        )
         return run(
             make_double("lact"), VARIANTS["lact"].data(folder / "lact", **DATA), folder, **options
         )

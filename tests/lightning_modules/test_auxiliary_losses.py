@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_modules.base import AdapterModule, Chunk
-from lightning_modules.streams import FastState, StreamPlan
+from lightning_modules.streams import NO_STREAM, FastState, StreamPlan
 
 
 class Module(AdapterModule):
@@ -57,3 +57,14 @@ def test_losses_of_all_layers_and_chunks_count_once_with_and_without_checkpointi
         expected = 3 * (torch.tensor([0.5, 1.0]) + 0.2 * torch.tensor([1.0, 2.0]))
         for weight in module.weights:
             torch.testing.assert_close(weight.grad, expected)
+
+
+def test_a_chunk_without_files_does_not_lower_the_logged_loss() -> None:
+    chunks = _chunks()
+    ended = StreamPlan((NO_STREAM,), (0,), (True,))
+    chunks[2] |= {"plan": ended, **{k: torch.tensor(v) for k, v in ended._asdict().items()}}
+    chunks[2]["x"] = torch.zeros(1, 2)  # whose loss is 0
+    module = Module(recompute=False)
+    module.streams.begin_step("train")
+    module.training_step(chunks, 0)
+    torch.testing.assert_close(module.logged["train/loss"], torch.tensor(2.5))
