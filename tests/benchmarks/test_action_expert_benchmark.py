@@ -1,15 +1,13 @@
 """The benchmark of the action expert, shortened: train, evaluate, report, and nothing twice."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from benchmark_cases import run, run_here
 
 pytest.importorskip("gymnasium_robotics")
 
-PROGRAM = Path(__file__).parents[2] / "benchmarks" / "action_expert.py"
 SHORT = (
     "--curve",
     "1",
@@ -23,23 +21,17 @@ SHORT = (
 )
 
 
-def benchmark(command: str, out: Path, *options: str) -> str:
-    trials = ["maze/reset", "maze/carry_k8"]
-    arguments = [command, "--out", str(out), "--trials", *trials, "--seeds", "0", "--jobs", "2"]
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), *arguments, *options], capture_output=True, text=True
-    )
-    outputs = [path.read_text() for path in out.rglob("output.txt")]
-    assert done.returncode == 0, (done.stderr, outputs)
-    return done.stdout
+def arguments(command: str, out: Path, *options: str) -> list[str]:
+    trials = ["--trials", "maze/reset", "maze/carry_k8", "--seeds", "0", "--jobs", "2"]
+    return ["action_expert.py", command, "--out", str(out), *trials, *options]
 
 
 @pytest.mark.slow
 def test_trials_are_trained_evaluated_reported_and_drawn_once(tmp_path: Path) -> None:
-    assert "not trained yet" in benchmark("evaluate", tmp_path)
-    assert "train maze/carry_k8 seed_0: done" in benchmark("train", tmp_path, *SHORT)
-    assert "done" not in benchmark("train", tmp_path, *SHORT)
-    text = benchmark("evaluate", tmp_path)
+    assert "not trained yet" in run(*arguments("evaluate", tmp_path))
+    assert "train maze/carry_k8 seed_0: done" in run_here(*arguments("train", tmp_path, *SHORT))
+    assert "done" not in run_here(*arguments("train", tmp_path, *SHORT))
+    text = run_here(*arguments("evaluate", tmp_path))
     assert "| maze/carry_k8 | state carried, k = 8 |" in text
     result = json.loads((tmp_path / "maze" / "carry_k8" / "seed_0" / "result.json").read_text())
     assert result["interval"][0] <= result["success"] <= result["interval"][1]
@@ -47,6 +39,6 @@ def test_trials_are_trained_evaluated_reported_and_drawn_once(tmp_path: Path) ->
     assert all(norm > 0 for _, norm, _ in result["norm_by_chunk"])
     assert (tmp_path / "results.md").read_text() in text
     assert (tmp_path / "figures" / "maze_norm_by_chunk.png").stat().st_size > 1000
-    benchmark("draw", tmp_path)
+    run_here(*arguments("draw", tmp_path))
     assert (tmp_path / "figures" / "maze_paths.png").stat().st_size > 1000
     assert (tmp_path / "figures" / "maze_episodes.gif").read_bytes().startswith(b"GIF89a")

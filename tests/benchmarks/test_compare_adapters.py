@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from benchmark_cases import load, run
+from benchmark_cases import load, run, run_here
 from config_cases import CONFIGS, fit_validate_resume, run_folder
 from lact_module_cases import save_pretrained, write_texts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -53,10 +53,10 @@ def test_all_arms_are_trained_read_and_judged(tmp_path: Path) -> None:
     changes = ["--set", *(f"{k}={v}" for k, v in {**settings(tmp_path), **SHORT}.items())]
     assert "nothing to report" in run("compare_adapters.py", "report", *which)
     trials = ["--trials", *TRIALS, "ttt+lora/0.002"]
-    done = run("compare_adapters.py", "train", *which, *trials, *changes)
+    done = run_here("compare_adapters.py", "train", *which, *trials, *changes)
     assert all(f"train {trial} seed_0: done" in done for trial in (*TRIALS, "ttt+lora/0.002"))
-    assert "done" not in run("compare_adapters.py", "train", *which, *trials, *changes)
-    text = run("compare_adapters.py", "evaluate", "--best", *which, *trials)
+    assert "done" not in run_here("compare_adapters.py", "train", *which, *trials, *changes)
+    text = run_here("compare_adapters.py", "evaluate", "--best", *which, *trials)
     assert (tmp_path / "out" / "results.md").read_text().strip() in text
     decision = text[text.index("**") :].split("\n")[0]
     assert decision.startswith(("**Better:", "**Equal:", "**Worse:"))
@@ -70,7 +70,7 @@ def test_all_arms_are_trained_read_and_judged(tmp_path: Path) -> None:
     check_losses(tmp_path / "out")
     check_memory(tmp_path / "out")
     best = [*which[:2], "--seeds", "1", "--trials", "lora/*"]
-    again = run("compare_adapters.py", "train", "--best", *best, *changes)
+    again = run_here("compare_adapters.py", "train", "--best", *best, *changes)
     done = [line for line in again.splitlines() if line.startswith("train")]
     assert len(done) == 1 and f"lora/{rates[0]} seed_1: done" in done[0]
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmark_cases import load, run
+from benchmark_cases import load, run, run_here
 
 RECALL = ("data.init_args.val_sequences=8", "data.init_args.train_sequences=40")
 MAZE = ("data.init_args.episodes=12", "model.init_args.denoise_steps=2")
@@ -19,7 +19,7 @@ def test_every_k_reads_as_many_chunks_and_is_reported_once(
         pytest.importorskip("gymnasium_robotics")
     which = ["--out", str(tmp_path), "--trials", f"{task}/k1", f"{task}/k2", "--seeds", "0"]
     short = ["--set", *changes, "data.init_args.batch_size=4", "trainer.log_every_n_steps=1"]
-    text = run("tbptt.py", "run", *which, "--chunks", "16", *short)
+    text = run_here("tbptt.py", "run", *which, "--chunks", "16", *short)
     assert f"evaluate {task}/k2 seed_0: done" in text and "Trained on" in text
     assert "done" not in run("tbptt.py", "run", *which, "--chunks", "16", *short)
     assert (tmp_path / "results.md").read_text().strip() in text

@@ -80,8 +80,9 @@ def test_compiled_in_place_trains_as_plain(
         lambda self, **options: compiled(self, **{**options, "backend": "eager"}),
     )
     torch._dynamo.reset()
-    whole = train(name, tmp_path, steps=4)
-    assert_same(train(name, tmp_path, steps=4, module={"compile_model": True}), whole)
+    # Fresh, carried, and carried in other places; TTT-LoRA compiles ten seconds for each.
+    whole = train(name, tmp_path, steps=3)
+    assert_same(train(name, tmp_path, steps=3, module={"compile_model": True}), whole)
     torch._dynamo.reset()
 
 
