@@ -87,13 +87,12 @@ def triton_chapter_attention(
         by_block = not mixture and not reads_by_chapter(q, mem_k, chapters, block_size)
         weights = log_weights_of(q, chapters, log_weights)
         weights = weights.to(torch.promote_types(dtype, weights.dtype))
-        common = torch.arange(shared, device=q.device)
-        if not together:  # chosen ones of weight 1
+        if shared and not together:  # chosen ones of weight 1
             chapters, weights = with_shared(chapters, weights, shared)
         o, lse = read(Call(time, block, scale, mixture, by_block), chapters, weights)
         if together:
             width = min(COMMON_BLOCK, time)
-            common = common.expand(len(q), -(-time // width), -1)
+            common = torch.arange(shared, device=q.device).expand(len(q), -(-time // width), -1)
             zeros = weights.new_zeros(common.shape)
             o = o + read(Call(time, width, scale, False, True), common, zeros)[0]
     o = o.to(q.dtype).view_as(q)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_modules.ops.chapter_attention.groups import Groups, group_width, sorted_groups
-from lightning_modules.ops.chapter_attention.plan import Plan, Tile, padded, plan_of
+from lightning_modules.ops.chapter_attention.plan import Plan, Tile, plan_of
+from lightning_modules.ops.tile_size import padded
 from lightning_modules.ops.ttt_eager import refuse_second_derivatives
 
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_modules.ops.tile_size import padded
+
 
 class Tile(NamedTuple):
     """Of one kernel: queries and rows at once (0: none), warps, stages of loads."""
@@ -86,8 +88,3 @@ def _of_block(tile: Tile, block: int) -> Tile:
     """No more queries than a block has, and no more warps than they need."""
     queries = min(tile.queries, padded(block))
     return tile._replace(queries=queries, warps=tile.warps if queries == tile.queries else 4)
-
-
-def padded(size: int) -> int:
-    """The power of two that holds a size, at least what a matrix product needs."""
-    return max(16, 1 << (size - 1).bit_length())

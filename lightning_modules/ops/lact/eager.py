@@ -10,19 +10,19 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from lightning_modules.ops.lact.block import read
-from lightning_modules.ops.lact.layout import Counts, Step
+from lightning_modules.ops.lact.carry import begin, end
+from lightning_modules.ops.lact.layout import Step
 from lightning_modules.ops.lact.memory import (
     Memory,
     Rule,
     Write,
-    carried_memory,
     choose,
     learned_memory,
-    state_fields,
     written,
 )
 from lightning_modules.ops.lact.plan import plan
 from lightning_modules.ops.states import LaCTState, TokensRead
+from lightning_modules.ops.ttt_eager import autocast_device
 
 
 def eager_lact(*arguments: Any, **options: Any) -> tuple[Tensor, LaCTState]:
@@ -68,14 +68,10 @@ def _run(
     dtype = torch.promote_types(q.dtype, torch.float32)
     rule = Rule(chunk_size, muon, muon_dtype, prenorm, residual, greedy, group)
     tokens = [k, v, lr.flatten(3)] + ([] if momentum is None else [momentum.unsqueeze(-1)])
-    with torch.autocast("cpu" if q.device.type == "meta" else q.device.type, enabled=False):
+    with torch.autocast(autocast_device(q.device), enabled=False):
         layout = plan(q, chunk_size, mask, document_ids, state, tokens_read, adapt, group)
-        learned = memory = learned_memory((w0, w1, w2), dtype, momentum is not None, prenorm)
-        held = None
-        if state is not None and layout.carries:
-            memory, held = carried_memory(state, learned), held_tokens(state, len(tokens))
-            if layout.fresh is not None:
-                memory = choose(layout.fresh, learned, memory)
+        learned = learned_memory((w0, w1, w2), dtype, momentum is not None, prenorm)
+        memory, held = begin(state, layout, learned, len(tokens))
         steps = layout.steps(q, tokens, held)
         parts = []
         for step in steps:
@@ -88,10 +84,7 @@ def _run(
                 memory, part = _take(*arguments)
             parts.append(part)
         o = layout.join(parts)
-        before = [None] * len(tokens) if held is None else held
-        fields = state_fields(memory, learned, q.shape[0])
-        fields += [layout.pending(x, y, dtype) for x, y in zip(tokens, before, strict=True)]
-        new = new_state(fields, layout.counts, lr.shape[3:], blank=mask is not None)
+        new = end(memory, learned, layout, tokens, held, lr.shape[3:], blank=mask is not None)
     return o, new
 
 
@@ -110,20 +103,3 @@ def _take(memory: Memory, learned: Memory, step: Step, rule: Rule) -> tuple[Memo
 def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A contiguous tensor of that dtype by at most one copy."""
     return x.to(dtype, memory_format=torch.contiguous_format).contiguous()
-
-
-def held_tokens(state: LaCTState, count: int) -> list[Tensor]:
-    """The tokens that a state left pending, `[B, C, H, E]` each, in the order of the call's."""
-    lr, momentum = state.pending_lr.flatten(3), state.pending_momentum.unsqueeze(-1)
-    return [state.pending_k, state.pending_v, lr, momentum][:count]
-
-
-def new_state(fields: list[Tensor], counts: Counts, rates: torch.Size, blank: bool) -> LaCTState:
-    """The state of these real-valued fields; zero in rows that have seen nothing, if blank."""
-    *weights, k, v, lr = fields[:15]
-    momentum = fields[15] if len(fields) > 15 else k[:, :0, :, :1]
-    real = [*weights, k, v, lr.unflatten(3, rates), momentum.squeeze(-1)]
-    if blank:
-        nothing = counts.tokens_seen == 0
-        real = [x.masked_fill(nothing.view(-1, *[1] * (x.dim() - 1)), 0) for x in real]
-    return LaCTState(*[*real, *counts])

@@ -1,23 +1,15 @@
 """LaCT by cuBLAS products with Triton kernels between them."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lightning_modules.ops.lact.block import Triple
 from lightning_modules.ops.lact.call import Call
+from lightning_modules.ops.lact.carry import begin, end
 from lightning_modules.ops.lact.chain import Chain
-from lightning_modules.ops.lact.eager import held_tokens, new_state
 from lightning_modules.ops.lact.layout import Even, Uneven
-from lightning_modules.ops.lact.memory import (
-    Memory,
-    carried_memory,
-    choose,
-    learned_memory,
-    state_fields,
-)
+from lightning_modules.ops.lact.memory import Memory, each, learned_memory
 from lightning_modules.ops.lact.plan import plan
 from lightning_modules.ops.lact.sizes import Sizes
 from lightning_modules.ops.lact.stack import Form
@@ -72,12 +64,8 @@ def triton_lact(
     with torch.autocast(autocast_device(q.device), enabled=False):
         layout = plan(q, chunk_size, mask, document_ids, state, tokens_read, adapt, group)
         assert isinstance(layout, Even | Uneven)  # Shared is an obstacle
-        learned = memory = learned_memory((w0, w1, w2), dtype, momentum is not None, prenorm)
-        held = None
-        if state is not None and layout.carries:
-            memory, held = carried_memory(state, learned), held_tokens(state, len(tokens))
-            if layout.fresh is not None:
-                memory = choose(layout.fresh, learned, memory)
+        learned = learned_memory((w0, w1, w2), dtype, momentum is not None, prenorm)
+        memory, held = begin(state, layout, learned, len(tokens))
         batch, _, heads, size = q.shape
         sizes = Sizes(batch, heads, w0.shape[2], size, q.dtype)
         call = Call(
@@ -91,10 +79,7 @@ def triton_lact(
             torch.is_grad_enabled(),
         )
         o, memory = _run(call, q, tokens, held, memory, learned, dtype)
-        before = [None] * len(tokens) if held is None else held
-        fields = state_fields(memory, learned, batch)
-        fields += [layout.pending(x, y, dtype) for x, y in zip(tokens, before, strict=True)]
-        new = new_state(fields, layout.counts, lr.shape[3:], blank=mask is not None)
+        new = end(memory, learned, layout, tokens, held, lr.shape[3:], blank=mask is not None)
     return o, new
 
 
@@ -116,9 +101,9 @@ def _run(
         kept = [x.contiguous() for x in (first, second, torch.cat(others, dim=-1))]
     start = _pack(memory.weights, sizes)
     renewed = changes[-1].renewed if changes else None
-    begin = begin_norms = None
+    start_anew = anew_norms = None
     if renewed is not None:
-        begin, begin_norms = _pack(learned.weights, sizes), _pack(learned.norms, sizes)
+        start_anew, anew_norms = _pack(learned.weights, sizes), _pack(learned.norms, sizes)
     o, *packed = Chain.apply(
         call,
         q,
@@ -130,8 +115,8 @@ def _run(
         None if memory.main is None else _pack(memory.main, sizes),
         None if memory.momentum is None else _pack(memory.momentum, sizes),
         _pack(memory.norms, sizes),
-        begin,
-        begin_norms,
+        start_anew,
+        anew_norms,
     )
     if not changes:
         return o, memory
@@ -139,7 +124,7 @@ def _run(
     after = [None if x is None else _unpack(x, shapes, sizes) for x in packed]
     norms = memory.norms
     if renewed is not None:
-        norms = _each(lambda a, b: torch.where(renewed.view(-1, 1, 1), a, b), learned.norms, norms)
+        norms = each(lambda a, b: torch.where(renewed.view(-1, 1, 1), a, b), learned.norms, norms)
     assert after[0] is not None
     return o, Memory(after[0], after[1], after[2], norms)
 
@@ -159,9 +144,4 @@ def _unpack(packed: Tensor, shapes: list[torch.Size], sizes: Sizes) -> Triple:
         x.unflatten(-1, shape).unflatten(1, (sizes.heads, sizes.batch))
         for x, shape in zip(parts, (first, second, last), strict=True)
     )
-    return w0, w1, w2
-
-
-def _each(function: Callable[..., Tensor], *triples: Triple) -> Triple:
-    w0, w1, w2 = (function(*parts) for parts in zip(*triples, strict=True))
     return w0, w1, w2

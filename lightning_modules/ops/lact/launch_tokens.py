@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.ops.lact.walk import Block
+from lightning_modules.ops.tile_size import padded
 
 TOKENS = 16
 """Rows of tokens of a program."""
@@ -54,7 +55,7 @@ def _token_options(x: Tensor, held: Tensor | None, block: Block) -> dict[str, An
         "P": block.pending,
         "Q": 0 if held is None else held.shape[1],
         "E": inner,
-        "BE": power(inner),
+        "BE": padded(inner),
         "BT": TOKENS,
         "HAS_MAP": block.token is not None,
         "HAS_HELD": held is not None,
@@ -169,15 +170,10 @@ def _gate_options(rows: Tensor, hidden_size: int) -> dict[str, Any]:
         "F": hidden_size,
         "WIDE": tl.float64 if rows.dtype == torch.float64 else tl.float32,
         "BT": 16,
-        "BF": min(128, power(hidden_size)),
+        "BF": min(128, padded(hidden_size)),
         "num_warps": 4,
     }
 
 
 def _gate_grid(options: dict[str, Any]) -> tuple[int, int]:
     return -(-options["M"] // options["BT"]), -(-options["F"] // options["BF"])
-
-
-def power(size: int) -> int:
-    """The power of two that holds a size, at least 16."""
-    return max(16, 1 << (size - 1).bit_length())

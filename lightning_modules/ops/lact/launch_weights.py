@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_modules.ops.lact.launch_tokens import power
 from lightning_modules.ops.lact.memory import EPS
 from lightning_modules.ops.lact.sizes import Pair, Sizes
 from lightning_modules.ops.lact.walk import Change
+from lightning_modules.ops.tile_size import padded
 
 
 def add_momentum(
@@ -194,7 +194,7 @@ def _change_options(sizes: Sizes, change: Change, like: Tensor) -> dict[str, Any
         "B": sizes.batch,
         "F": sizes.hidden,
         "D": sizes.size,
-        "BLOCK": power(max(sizes.hidden, sizes.size)),
+        "BLOCK": padded(max(sizes.hidden, sizes.size)),
         "WRITES": change.write is not None,
         "HAS_ROWS": change.rows is not None,
         "HAS_RESTART": change.restart is not None,

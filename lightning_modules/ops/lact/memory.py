@@ -64,12 +64,12 @@ class Memory(NamedTuple):
 
 def learned_memory(weights: Triple, dtype: torch.dtype, momentum: bool, prenorm: bool) -> Memory:
     """What every row starts a document with: the learned weights, `[r, H, ., .]` each."""
-    start = _each(lambda w: w.to(dtype).unsqueeze(2), weights)
+    start = each(lambda w: w.to(dtype).unsqueeze(2), weights)
     return Memory(
         start,
         start if prenorm else None,
-        _each(torch.zeros_like, start) if momentum else None,
-        _each(_row_norms, start),
+        each(torch.zeros_like, start) if momentum else None,
+        each(_row_norms, start),
     )
 
 
@@ -88,7 +88,7 @@ def carried_memory(state: LaCTState, learned: Memory) -> Memory:
     def follow(carried: Triple, start: Triple) -> Triple:
         if state.w0.requires_grad or not any(x.requires_grad for x in start):
             return carried
-        return _each(lambda x, w: x + (w - w.detach()), carried, start)
+        return each(lambda x, w: x + (w - w.detach()), carried, start)
 
     main, momentum = learned.main, learned.momentum
     if main is not None:
@@ -108,7 +108,7 @@ def choose(rows: Tensor, new: Memory, old: Memory) -> Memory:
     pick = rows.view(-1, 1, 1)
 
     def mix(a: Triple, b: Triple) -> Triple:
-        return _each(lambda x, y: torch.where(pick, x, y), a, b)
+        return each(lambda x, y: torch.where(pick, x, y), a, b)
 
     return Memory(
         mix(new.weights, old.weights),
@@ -128,11 +128,11 @@ def written(memory: Memory, tokens: Write, rule: Rule) -> Memory:
         change, mean = _over_group(change, mean, rule.group)
     momentum = None
     if mean is not None and memory.momentum is not None:
-        momentum = change = _each(lambda g, m: torch.addcmul(g, mean, m), change, memory.momentum)
+        momentum = change = each(lambda g, m: torch.addcmul(g, mean, m), change, memory.momentum)
     if rule.muon:
-        change = _each(lambda g: newton_schulz(g, rule.muon_dtype), change)
-    main = _each(torch.add, memory.weights if memory.main is None else memory.main, change)
-    weights = _each(lambda w, n: w * (n / (_row_norms(w) + EPS)), main, memory.norms)
+        change = each(lambda g: newton_schulz(g, rule.muon_dtype), change)
+    main = each(torch.add, memory.weights if memory.main is None else memory.main, change)
+    weights = each(lambda w, n: w * (n / (_row_norms(w) + EPS)), main, memory.norms)
     return Memory(weights, main if rule.prenorm else None, momentum, memory.norms)
 
 
@@ -148,7 +148,7 @@ def state_fields(memory: Memory, learned: Memory, batch: int) -> list[Tensor]:
             x = x.expand(-1, -1, batch, -1, -1).clone()
         return x.permute(2, 0, 1, 3, 4)
 
-    nothing = _each(lambda x: x.new_zeros(0, x.shape[1], batch, *x.shape[3:]), memory.weights)
+    nothing = each(lambda x: x.new_zeros(0, x.shape[1], batch, *x.shape[3:]), memory.weights)
     parts = (memory.weights, memory.main or nothing, memory.momentum or nothing, memory.norms)
     return [export(x) for triple in parts for x in triple]
 
@@ -157,7 +157,8 @@ def _row_norms(w: Tensor) -> Tensor:
     return torch.linalg.vector_norm(w, dim=-1, keepdim=True)
 
 
-def _each(function: Callable[..., Tensor], *triples: Triple) -> Triple:
+def each(function: Callable[..., Tensor], *triples: Triple) -> Triple:
+    """The function of W0s, of W1s and of W2s."""
     w0, w1, w2 = (function(*parts) for parts in zip(*triples, strict=True))
     return w0, w1, w2
 

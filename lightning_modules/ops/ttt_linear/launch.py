@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_modules.ops.tile_size import padded
 from lightning_modules.ops.ttt_eager import refuse_second_derivatives
 from lightning_modules.ops.ttt_linear.layout import GROUP, Layout
 
@@ -289,7 +290,7 @@ def _shared(call: Call, x: Inputs) -> dict[str, Any]:
         "B": batch,
         "H": heads,
         "D": size,
-        "BD": _block(size),
+        "BD": padded(size),
         "PRECISION": "tf32x3" if x.q.dtype == torch.float32 else "ieee",
         "CAUSAL": call.causal,
         "FLUSH": call.flush,
@@ -301,15 +302,10 @@ def _shared(call: Call, x: Inputs) -> dict[str, Any]:
 def _walk(layout: Layout, size: int) -> dict[str, int]:
     """Options of the kernels that walk from mini-batch to mini-batch."""
     warps = 4 if size <= 64 and layout.size <= 32 else 8
-    return {"BT": _block(layout.size), "num_warps": warps, "num_stages": 2}
+    return {"BT": padded(layout.size), "num_warps": warps, "num_stages": 2}
 
 
 def _tile(layout: Layout, size: int) -> dict[str, int]:
     """Options of the kernels that take a group at once."""
     slots = min(GROUP, layout.group * layout.size)
-    return {"BG": _block(slots), "num_warps": 4 if size <= 64 else 8, "num_stages": 1}
-
-
-def _block(size: int) -> int:
-    """The power of two that holds a size, at least what a matrix product needs."""
-    return max(16, 1 << (size - 1).bit_length())
+    return {"BG": padded(slots), "num_warps": 4 if size <= 64 else 8, "num_stages": 1}

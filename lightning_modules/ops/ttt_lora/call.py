@@ -27,8 +27,3 @@ class Call(NamedTuple):
     unit: bool = False
     output_eps: float = 1e-5
     residual: bool = False
-
-
-def padded(size: int) -> int:
-    """Rows or columns of a tile: a power of two, as many as a product of tiles needs."""
-    return max(16, 1 << (size - 1).bit_length())

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_modules.ops.tile_size import padded
 from lightning_modules.ops.triton_backend import dispatch, unable
-from lightning_modules.ops.ttt_lora.call import padded
 from lightning_modules.ops.ttt_lora.eager import eager_ttt_lora
 from lightning_modules.ops.ttt_lora.fused import triton_ttt_lora
 from lightning_modules.ops.ttt_lora.naive import naive_ttt_lora

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.ops.grid import Progress, document_starts
+from lightning_modules.ops.tile_size import padded
 
 
 class Plan(NamedTuple):
@@ -47,7 +48,7 @@ def make_plan(
         document_ids: `[B, T]`; None: one document.
         progress: of the state; None: there is none.
     """
-    tile = max(16, 1 << (size - 1).bit_length())
+    tile = padded(size)
     full = -(-(time + (size - 1 if progress is not None else 0)) // size)
     if mask is None and document_ids is None:
         return Plan(full, full, tile, None, None, None, None)

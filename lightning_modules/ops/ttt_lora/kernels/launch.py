@@ -9,7 +9,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from lightning_modules.ops.ttt_lora.call import Call, padded
+from lightning_modules.ops.tile_size import padded
+from lightning_modules.ops.ttt_lora.call import Call
 from lightning_modules.ops.ttt_lora.kernels.backward import (
     read_backward_kernel,
     scan_backward_kernel,
