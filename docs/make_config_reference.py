@@ -60,8 +60,11 @@ def sections() -> list[Section]:
     """What a config can name, then the options inside them; every class once."""
     models = _public(lightning_modules)
     data = [c for c in _public(datamodules) if c is not datamodules.StreamDataModule]
-    found = registered_adapters()  # also adapters of others who have imported this
-    adapters = {n: c for n, c in found.items() if c.__module__.startswith("lightning_modules.")}
+    adapters = {
+        name: entry.config_class
+        for name, entry in registered_adapters().items()
+        if entry.adapter_class.__module__.startswith("lightning_modules.")  # not one of others
+    }
     named = ", ".join(f"`{name}` {_link(adapters[name])}" for name in sorted(adapters))
     first = [*models, *data, *_public(callbacks), *LACT, *adapters.values()]
     inside = [c for c in _reachable(first) if c not in first]

@@ -16,12 +16,14 @@ AdapterClass = TypeVar("AdapterClass", bound=type[BaseAttentionAdapter])
 ConfigT = TypeVar("ConfigT")
 
 
-class _Entry(NamedTuple):
+class RegisteredAdapter(NamedTuple):
+    """An adapter and the dataclass of its options."""
+
     adapter_class: type[BaseAttentionAdapter]
     config_class: type
 
 
-_ADAPTERS: dict[str, _Entry] = {}
+_ADAPTERS: dict[str, RegisteredAdapter] = {}
 
 
 def register_attention_adapter(
@@ -45,15 +47,15 @@ def register_attention_adapter(
                 f"adapter {name!r} is already {known.adapter_class.__qualname__}: "
                 f"register {adapter_class.__qualname__} under another name"
             )
-        _ADAPTERS[name] = _Entry(adapter_class, config_class)
+        _ADAPTERS[name] = RegisteredAdapter(adapter_class, config_class)
         return adapter_class
 
     return register
 
 
-def registered_adapters() -> dict[str, type]:
-    """Name of every adapter -> dataclass of its options."""
-    return {name: entry.config_class for name, entry in _ADAPTERS.items()}
+def registered_adapters() -> dict[str, RegisteredAdapter]:
+    """Every adapter by name, also those of others who have registered some."""
+    return dict(_ADAPTERS)
 
 
 def create_attention_adapter(
