@@ -93,7 +93,11 @@ def _run(commands: Sequence[str], args: list[str] | None) -> None:
     from callbacks.next_steps import InterruptedFit, next_steps
     from lightning_modules.base import AdapterModule
     from lightning_modules.config_parser import ConfigParser
-    from lightning_modules.quiet import leave_out_moved_checkpoints, leave_out_noise
+    from lightning_modules.quiet import (
+        leave_out_moved_checkpoints,
+        leave_out_noise,
+        refuse_untrained_weights,
+    )
 
     for package in (lightning_modules, datamodules):
         for name in package.__all__:
@@ -130,6 +134,7 @@ def _run(commands: Sequence[str], args: list[str] | None) -> None:
 
         def _say_whose_weights(self, command: str) -> None:
             leave_out_moved_checkpoints()
+            refuse_untrained_weights()
             if self.config_init[command].ckpt_path is None and self.trainer.is_global_zero:
                 print(
                     f"note: {command} without --ckpt_path uses the model as it is before training; "

@@ -1,4 +1,4 @@
-"""Lines of libraries that a run would print and nobody who runs it can act on."""
+"""Lines of libraries that help nobody who runs something, and one that must stop a run."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ def leave_out_noise() -> None:
 def leave_out_moved_checkpoints() -> None:
     """Lightning warns an evaluation that it tracks no best checkpoint, which only a fit does."""
     warnings.filterwarnings("ignore", message="The dirpath has changed from")
+
+
+def refuse_untrained_weights() -> None:
+    """Where `--ckpt_path last` finds none, Lightning warns and evaluates what was never trained."""
+    warnings.filterwarnings("error", message=".*but there is no last checkpoint available")
 
 
 def _is_no_tip(record: logging.LogRecord) -> bool:

@@ -40,6 +40,12 @@ _ELSEWHERE: list[tuple[type[BaseException], str, str]] = [
         "seed_everything={seed} must lie between 0 and {most}",
     ),
     (
+        UserWarning,
+        r"\.(?P<command>\w+)\(ckpt_path=\"last\"\) is set, but there is no last checkpoint",
+        "--ckpt_path last finds no checkpoint, since {command} has a run folder of its own: give "
+        "the file, e.g. --ckpt_path runs/NAME/version_0/checkpoints/last.ckpt",
+    ),
+    (
         IsADirectoryError,
         r".*: '?(?P<name>[^']*)'?$",
         "{name} is a folder: name the file, e.g. {name}/last.ckpt",

@@ -100,6 +100,9 @@ def test_without_a_checkpoint_test_says_that_the_model_is_untrained(
     assert note in run_cli("test", *options("quickstart")).err
     assert run_cli("fit", *options("quickstart"), "--trainer.max_steps", "1").code == 0
     path = next(tmp_path.glob("runs/quickstart/*/checkpoints/*.ckpt"))
+    none = run_cli("test", *options("quickstart"), "--ckpt_path", "last")
+    assert none.code == 1
+    assert "error: --ckpt_path last finds no checkpoint, since test has a run" in none.last_line
     trained = run_cli("test", *options("quickstart"), "--ckpt_path", str(path))
     assert trained.code == 0
     assert "note: " not in trained.err
