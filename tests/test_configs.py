@@ -11,10 +11,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_modules.policy import ActionExpertPolicy
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-ELSEWHERE = ("pi0", "lact", "memory", "ttt_lora", "lora", "in_place", "compare")
+LANGUAGE = ("lact", "memory", "ttt_lora", "lora", "in_place", "compare")
+ELSEWHERE = (*LANGUAGE, "pi0", "action_expert_lerobot")
 EXPERIMENTS = sorted(CONFIGS.glob("*.yaml"))
 SIMULATED = [p for p in EXPERIMENTS if not p.stem.startswith(ELSEWHERE)]
-"""The others have test files of their own."""
+"""The others have test files of their own; a recording of the reader's, test_walkthroughs.py."""
 OVERLAYS = sorted(CONFIGS.glob("*/*.yaml"))
 TINY = CONFIGS / "tiny" / "action_expert.yaml"
 

@@ -350,3 +350,15 @@ def test_state_of_a_fresh_start_shares_no_memory_with_inputs_and_parameters(
             _, state = case.run(backend, adapt=adapt)
             theirs = {memory_of(x) for x in case.tensors.values()}
             assert not any(memory_of(x) in theirs for x in state if x.numel())
+
+
+@every_form
+def test_strides_in_which_a_state_comes_back_do_not_matter_bit_for_bit(form: str) -> None:
+    """Files keep values; a state that was just left has the strides of the work on it."""
+    case = case_of(form, 7, size=16, hidden=16, batch=3, dtype=torch.float32)
+    _, left = case.run("torch")
+    stored = LaCTState(*(x.clone(memory_format=torch.contiguous_format) for x in left))
+    assert any(x.stride() != y.stride() for x, y in zip(left, stored, strict=True))
+    (o, after), (same, after_stored) = (case.with_state(s).run("torch") for s in (left, stored))
+    assert torch.equal(o, same)
+    assert all(torch.equal(x, y) for x, y in zip(after, after_stored, strict=True))

@@ -77,12 +77,13 @@ def carried_memory(state: LaCTState, learned: Memory) -> Memory:
     """What a state holds.
 
     Weights without an autograd graph get the gradient of the learned ones they came from, and
-    keep their value: scaling their rows again would change it.
+    keep their value: scaling their rows again would change it. They are contiguous, as a state
+    that was not stored in between has them: other strides are other products in the last bits.
     """
     dtype = learned.weights[0].dtype
 
     def carry(*fields: Tensor) -> Triple:
-        w0, w1, w2 = (x.to(dtype).permute(1, 2, 0, 3, 4) for x in fields)
+        w0, w1, w2 = (x.to(dtype).permute(1, 2, 0, 3, 4).contiguous() for x in fields)
         return w0, w1, w2
 
     def follow(carried: Triple, start: Triple) -> Triple:
