@@ -1,6 +1,7 @@
 """A training step of a 0.6B language model with TTT-LoRA, In-Place TTT, peft's LoRA, or neither.
 
     python benchmarks/ttt_lora_gpu.py --out ttt_lora_gpu.md     # on a GPU
+    python benchmarks/ttt_lora_gpu.py --modes eager default     # also compiled: minutes for an arm
     python benchmarks/ttt_lora_gpu.py --tiny                    # a few seconds on a CPU
     python benchmarks/ttt_lora_gpu.py --count                   # launches per layer, on a CPU
 
@@ -8,8 +9,8 @@ Qwen3-0.6B's body with random weights in bfloat16, B = 8, T = 2,048, adapters in
 of attention and MLPs (In-Place TTT: every 4th MLP), parameters of a LoRA of rank 16, mini-batches
 of 16 tokens, carried state. Forward, cross entropy and backward; medians with the 10th and 90th
 percentile of `--repeats` calls after three warm-up calls, from device events. The loss of the
-output layer is in all arms. Peak memory is of the whole step. Before it is timed, a new adapter
-must compute what the base does, bit for bit.
+output layer is in all arms; ratios are to the first row of LoRA. Peak memory is of the whole step.
+Before it is timed, a new adapter must compute what the base does, bit for bit.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,9 @@ ARMS = {
     "TTT-LoRA, m = 16, a linear layer at a time": ("ttt_lora", {"group_siblings": False}),
     "TTT-LoRA, m = 64": ("ttt_lora", {"learner": TTTLoRAOptions(mini_batch_size=64)}),
 }
+MODES = ("eager", "default", "reduce-overhead")
+"""How the model runs: as it is, or compiled in a mode of torch.compile; the last records CUDA
+graphs."""
 
 
 def make_model(method: str, placement: dict[str, Any], sizes: dict[str, Any], device: str) -> Any:
@@ -95,6 +100,7 @@ def make_forward(model: nn.Module, ids: Tensor, carries: bool) -> Callable[[], T
         for parameter in trained:
             parameter.grad = None
         given = {"fast_state": handle} if carries else {}
+        torch.compiler.cudagraph_mark_step_begin()
         logits = model(input_ids=ids[:, :-1], use_cache=False, **given).logits
         if carries:
             handle = handle.map(Tensor.detach)
@@ -139,13 +145,13 @@ def measure(step: Callable[[], Tensor], repeats: int, device: str) -> tuple[list
 
 
 def rows(
-    sizes: dict[str, Any], shape: tuple[int, int], repeats: int, device: str, only: list[str]
+    options: argparse.Namespace, sizes: dict[str, Any], shape: tuple[int, int], device: str
 ) -> list[str]:
-    """A line of the table for every arm, or for those whose names have one of these words."""
+    """A line of the table for every mode and arm, or for arms whose names have a word of --only."""
     ids = torch.randint(0, sizes["vocab_size"], (shape[0], shape[1] + 1), device=device)
     lines, expected, lora = [], None, None
-    for name, (method, placement) in ARMS.items():
-        if only and not any(word in name for word in only):
+    for mode, (name, (method, placement)) in product(options.modes, ARMS.items()):
+        if options.only and not any(word in name for word in options.only):
             continue
         backend = "torch" if name.endswith("torch backend") else "auto"
         layer.ttt_lora_cell = partial(ttt_lora_cell, backend=backend)
@@ -155,11 +161,15 @@ def rows(
         expected = logits if expected is None else expected
         same = "yes" if torch.equal(logits, expected) else "NO"
         del logits
+        if mode != "eager":
+            torch._dynamo.reset()
+            model.compile(mode=mode)
+            name = f"{name}; {mode}"
         step = make_step(model, ids, method in ("ttt_lora", "in_place"))
-        times, peak = measure(step, repeats, device)
+        times, peak = measure(step, options.repeats, device)
         low, *_, high = statistics.quantiles(times, n=10)
         median = statistics.median(times)
-        lora = median if method == "lora" else lora
+        lora = median if method == "lora" and lora is None else lora
         ratio = f"{median / lora:.2f}" if lora else ""
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         cells = f"{median:.1f} [{low:.1f}, {high:.1f}] | {ratio} | {peak:.1f}"
@@ -202,6 +212,7 @@ def main() -> None:
     parser.add_argument("--count", action="store_true", help="launches per layer, nothing else")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--only", nargs="*", default=[], help="words in the names of arms to run")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["eager"])
     parser.add_argument("--out", type=Path, help="file to write")
     options = parser.parse_args()
     if options.count:
@@ -214,7 +225,7 @@ def main() -> None:
         "| arm | step ms [p10, p90] | / LoRA | peak GiB | trained | new adapter = base |",
         "|---|---|---|---|---|---|",
     ]
-    lines = rows(TINY if options.tiny else SIZES, shape, options.repeats, device, options.only)
+    lines = rows(options, TINY if options.tiny else SIZES, shape, device)
     table = "\n".join([*head, *lines, "", str(machine(("torch", "transformers", "peft")))])
     print(table)
     if options.out:

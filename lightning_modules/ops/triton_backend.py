@@ -19,10 +19,8 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@cache
-def installed() -> bool:
-    """Whether triton can be imported."""
-    return find_spec("triton") is not None
+INSTALLED = find_spec("triton") is not None
+"""Whether triton can be imported."""
 
 
 def dispatch(
@@ -31,6 +29,7 @@ def dispatch(
     backends: Mapping[str, Backend],
     q: Tensor,
     obstacle: Callable[[], str | None],
+    in_graphs: bool = False,
 ) -> Backend:
     """The implementation to call; "auto" takes "triton" on a GPU where it can, else the first.
 
@@ -40,14 +39,16 @@ def dispatch(
         backends: name -> implementation.
         q: a tensor on the device of the call, in its dtype.
         obstacle: says what of this call the kernels do not do, with the fix; None if they do it
-            all. Not asked while torch.compile traces, which would take its answer for a guard.
+            all. Not asked while torch.compile traces and the kernels cannot be in its graphs, as
+            its answer would become a guard.
+        in_graphs: the kernels are operations that torch.compile's graphs can have.
 
     Raises:
         ValueError: if there is no such backend, or if "triton" cannot run this call.
         RuntimeError: if "triton" has nothing to run on.
     """
     if backend == "auto":
-        why = unable(q.device.type, q.dtype) or obstacle()
+        why = unable(q.device.type, q.dtype, in_graphs) or obstacle()
         backend = "triton" if why is None else next(iter(backends))
         if not torch.compiler.is_compiling():  # a log would break the graph
             _announce(op, backend, why or "q is on a GPU")
@@ -56,13 +57,13 @@ def dispatch(
     return select_backend(op, backend, backends)
 
 
-def unable(device: str, dtype: torch.dtype) -> str | None:
+def unable(device: str, dtype: torch.dtype, in_graphs: bool = False) -> str | None:
     """Why "auto" does not take the kernels for such inputs, whatever the op."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not in_graphs:
         return "torch.compile makes kernels of the torch backend"
     if device != "cuda":
         return f"q is on the device {device!r}"
-    if not installed():
+    if not INSTALLED:
         return "triton is not installed"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"q is {dtype}"
@@ -71,7 +72,7 @@ def unable(device: str, dtype: torch.dtype) -> str | None:
 
 def _require(op: str, q: Tensor, obstacle: str | None) -> None:
     """Raise unless the kernels can run this call."""
-    if not installed():
+    if not INSTALLED:
         raise RuntimeError(
             f"{op}: backend='triton' needs triton: pip install triton, or use backend='torch'"
         )

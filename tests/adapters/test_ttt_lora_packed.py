@@ -201,3 +201,21 @@ def test_packed_for_the_kernels_is_one_by_one_on_the_torch_backend(
     assert packing == [4, 4]
     # float64: the kernels take sums in another order
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow  # a minute: the compiler, and Triton's interpreter
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
+def test_compiled_with_the_kernels_in_its_graph_is_one_by_one_on_the_torch_backend(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton_interpreter")
+    model = peft_model(dtype=torch.float64, layers_to_transform=[1]).requires_grad_(True)
+    expected = train(model)
+    kernels = partial(cell_layer.ttt_lora_cell, backend="triton")
+    monkeypatch.setattr(cell_layer, "ttt_lora_cell", kernels)
+    torch._dynamo.reset()
+    model.compile(backend="aot_eager", fullgraph=True)
+    actual = train(model)
+    torch._dynamo.reset()
+    # float64: the kernels take sums in another order
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)

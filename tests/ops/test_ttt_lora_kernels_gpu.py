@@ -181,3 +181,26 @@ def test_auto_on_a_gpu_is_triton() -> None:
     case = large("A_plain", torch.bfloat16, 64)
     same = forward_backward(case, "auto"), forward_backward(case, "triton")
     assert_same(*same, 0, "auto")
+
+
+@pytest.mark.parametrize("flags", [(), ("mask", "document_ids")])
+def test_compiled_takes_the_kernels_and_is_the_same(flags: tuple[str, ...]) -> None:
+    case = random_flags(case_of("B_ln", 133, batch=3, group=2, size=8), 3, *flags)
+    case = on_gpu(carried_state(case, 4), torch.float32)
+    names = list(case.tensors)
+
+    def run(backend: str, *values: Tensor) -> tuple[Tensor, Tensor]:
+        o, state = case.with_tensors(**dict(zip(names, values, strict=True))).run(backend)
+        return o, state.dw
+
+    def results(function: Any, backend: str) -> dict[str, Tensor]:
+        leaves = [x.detach().clone().requires_grad_() for x in case.tensors.values()]
+        o, dw = function(backend, *leaves)
+        (o.sin().sum() + dw.sin().sum()).backward()
+        grads = {name: x.grad for name, x in zip(names, leaves, strict=True)}
+        return {"o": o.detach(), "dw": dw.detach(), **grads}
+
+    torch._dynamo.reset()
+    compiled = results(torch.compile(run, fullgraph=True), "auto")
+    torch._dynamo.reset()
+    assert_same(compiled, results(run, "triton"), 1e-5, "triton")  # fused casts

@@ -36,11 +36,11 @@ def choose_backend(backend: str, q: Tensor, d: int, mini_batch_size: int) -> Cal
         RuntimeError: "triton" was asked for where it cannot run.
     """
     obstacle = partial(_obstacle, d, mini_batch_size)
-    return dispatch("ttt_lora", backend, BACKENDS, q, obstacle)
+    return dispatch("ttt_lora", backend, BACKENDS, q, obstacle, in_graphs=True)
 
 
 def takes_kernels(x: Tensor, dtype: torch.dtype, d: int, mini_batch_size: int) -> bool:
-    """Whether backend "auto" will take the kernels for what is projected from x.
+    """Whether backend "auto" will take the kernels, launched one by one, for projections of x.
 
     Args:
         x: input of the projections.

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_modules.ops.grid import Progress
 from lightning_modules.ops.states import TTTLoRAState
 from lightning_modules.ops.ttt_lora.call import Call
+from lightning_modules.ops.ttt_lora.compiled import in_graph
 from lightning_modules.ops.ttt_lora.plan import make_plan
 
 
@@ -52,7 +53,12 @@ def run(
     if state is not None:
         change = (*state[:2], *(x.to(base.dtype).contiguous() for x in state[2:5]))
         before = tuple(x.contiguous() for x in state[5:])
-    result = Result(*_Fused.apply(call, before, eta, base, *change, norm, output_norm, *tokens))
+    others = (*change[2:], norm, output_norm, *tokens)
+    if torch.compiler.is_compiling():
+        start = None if state is None else _below(state.dw, state.db, base.dtype)
+        result = Result(*in_graph(call, before, eta, base, start, others))
+    else:
+        result = Result(*_Fused.apply(call, before, eta, base, *change[:2], *others))
     progress = call.plan.progress or Progress(*result.progress.unbind(0))
     after = result.change
     fields = (after[..., :-1, :], after[..., -1, :], *result[2:5], *progress)
@@ -74,6 +80,11 @@ def one_matrix(dw: Tensor | None, db: Tensor | None, dtype: torch.dtype) -> Tens
         storage = dw.untyped_storage()
         if storage.data_ptr() == db.untyped_storage().data_ptr():
             return dw.as_strided(shape, strides)
+    return _below(dw, db, dtype)
+
+
+def _below(dw: Tensor, db: Tensor, dtype: torch.dtype) -> Tensor:
+    """dw and below it db, a copy."""
     return torch.cat([dw, db.unsqueeze(-2)], dim=-2).to(dtype)
 
 

@@ -1,5 +1,6 @@
 """Where the blocks of a call lie, for the Triton kernels: made once, shared by all adapters."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,36 +53,61 @@ def make_plan(
     full = -(-(time + (size - 1 if progress is not None else 0)) // size)
     if mask is None and document_ids is None:
         return Plan(full, full, tile, None, None, None, None)
-    from lightning_modules.ops.ttt_lora.kernels.plan import plan_kernel
-
     like = mask if mask is not None else document_ids
     assert like is not None
-    batch, device = like.shape[0], like.device
     before = progress if progress is not None else Progress.of(None, like)
     valid = mask if mask is not None else torch.ones_like(like, dtype=torch.bool)
     starts, after = document_starts(valid, valid.cumsum(1) - 1, document_ids, before)
     slots = full + time // tile + 1
     blocks = time if document_ids is not None else min(time, slots)
-    entries = torch.empty(batch, blocks, 5, dtype=torch.int32, device=device)
-    rows = torch.empty(batch, 2, dtype=torch.int32, device=device)
-    count = torch.empty(batch, dtype=torch.int64, device=device)
-    bytes_of_mask = valid.contiguous().view(torch.uint8)
-    plan_kernel[(batch,)](
-        bytes_of_mask,
+    there = valid.contiguous().view(torch.uint8)
+    features = [mask is not None, document_ids is not None, progress is not None]
+    lay_out = _lay_out_in_graph if torch.compiler.is_compiling() else _lay_out
+    entries, rows, count = lay_out(
+        there,
         starts.contiguous().view(torch.uint8),
         before.pending_count,
-        entries,
-        rows,
-        count,
-        time,
+        [blocks, size, tile],
+        features,
+    )
+    after = after._replace(pending_count=count)
+    return Plan(blocks, slots, tile, entries, rows, there if mask is not None else None, after)
+
+
+def _lay_out(
+    there: Tensor, starts: Tensor, pending: Tensor, sizes: Sequence[int], features: Sequence[bool]
+) -> list[Tensor]:
+    """Entries and rows of a plan, and the tokens of the open mini-batch, int64 `[B]`."""
+    from lightning_modules.ops.ttt_lora.kernels.plan import plan_kernel
+
+    (blocks, size, tile), (masked, documents, state) = sizes, features
+    results = _room(there, starts, pending, sizes, features)
+    plan_kernel[(len(there),)](
+        there,
+        starts,
+        pending,
+        *results,
+        there.shape[1],
         blocks,
         SIZE=size,
         M=tile,
-        MASKED=mask is not None,
-        DOCUMENTS=document_ids is not None,
-        STATE=progress is not None,
+        MASKED=masked,
+        DOCUMENTS=documents,
+        STATE=state,
         num_warps=1,
     )
-    after = after._replace(pending_count=count)
-    masked = bytes_of_mask if mask is not None else None
-    return Plan(blocks, slots, tile, entries, rows, masked, after)
+    return results
+
+
+def _room(
+    there: Tensor, starts: Tensor, pending: Tensor, sizes: Sequence[int], features: Sequence[bool]
+) -> list[Tensor]:
+    batch, new = len(there), there.new_empty
+    entries, rows = new(batch, sizes[0], 5, dtype=torch.int32), new(batch, 2, dtype=torch.int32)
+    return [entries, rows, new(batch, dtype=torch.int64)]
+
+
+_lay_out_in_graph = torch.library.custom_op(
+    "fast_weights::ttt_lora_plan", _lay_out, mutates_args=()
+)
+_lay_out_in_graph.register_fake(_room)

@@ -38,14 +38,9 @@ def forward(
     """What `_Fused` returns: the fields of `Result`, and the changes kept for backward."""
     q, k, v = split(tokens, base)
     batch, time, group, d = q.shape
-    eta = eta.expand(batch, time, group)
-    plan, exact = call.plan, base.new_empty
-    kept = exact(batch, group, plan.slots, d + 1, d)
-    kept_open = torch.empty_like(kept) if call.mode_b else exact(0)
-    change, o = exact(batch, group, d + 1, d), q.new_empty(batch, time, group, call.width)
-    open_k, open_v = (exact(batch, call.size, group, d) for _ in "kv")
-    open_eta = exact(batch, call.size, group)
-    progress = q.new_empty(3, batch, dtype=torch.int64)
+    eta, plan = eta.expand(batch, time, group), call.plan
+    results = room_forward(call, base, tokens)
+    o, change, open_k, open_v, open_eta, progress, kept, kept_open = results
     shape, common = strides(q, eta), options(call, q, base, norm, start)
     extent = (time, plan.blocks, plan.slots, group)
     placed = given((plan.entries, plan.rows, plan.mask), k)
@@ -63,6 +58,20 @@ def forward(
             *(*placed, kept, kept_open, o, *shape, *extent, call.eps, call.output_eps),
             **(common | output_options(call, output_norm) | warps(call, d, READING)),
         )
+    return results
+
+
+def room_forward(call: Call, base: Tensor, tokens: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Room for what `forward` returns."""
+    q = split(tokens, base)[0]
+    batch, time, group, d = q.shape
+    exact = base.new_empty
+    kept = exact(batch, group, call.plan.slots, d + 1, d)
+    kept_open = torch.empty_like(kept) if call.mode_b else exact(0)
+    change, o = exact(batch, group, d + 1, d), q.new_empty(batch, time, group, call.width)
+    open_k, open_v = (exact(batch, call.size, group, d) for _ in "kv")
+    open_eta = exact(batch, call.size, group)
+    progress = q.new_empty(3, batch, dtype=torch.int64)
     return o, change, open_k, open_v, open_eta, progress, kept, kept_open
 
 
