@@ -1,9 +1,10 @@
-"""The variants of `scaling.py`: modules of a size, and random batches for them."""
+"""The variants of `scaling.py` and `end_to_end.py`: modules of a size, and random batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,13 @@ class Case:
 
     Args:
         module: takes the size and the folder of a pretrained model.
+        plain: the same without what the variant adds, all weights trained.
         features: of its data.
         tokens: of a row of a chunk.
     """
 
     module: Callable[[Size, Path], AdapterModule]
+    plain: Callable[[Size, Path], AdapterModule]
     features: Callable[[Size], dict[str, Any]]
     tokens: Callable[[Size], int]
 
@@ -90,7 +93,7 @@ def save_base(size: Size, folder: Path) -> Path:
     return folder / "base"
 
 
-def action_expert(size: Size, base: Path) -> ActionExpertModule:
+def action_expert(size: Size, base: Path, with_ttt: bool = True) -> ActionExpertModule:
     shape = {"num_heads": size.heads, "head_dim": size.hidden // size.heads}
     return ActionExpertModule(
         adamw,
@@ -100,14 +103,14 @@ def action_expert(size: Size, base: Path) -> ActionExpertModule:
             intermediate_size=4 * size.hidden,
             **shape,
         ),
-        ttt=TTTAdapterConfig(),
-        ttt_state="carry_episode",
+        ttt=TTTAdapterConfig() if with_ttt else None,
+        ttt_state="carry_episode" if with_ttt else "reset",
         execution_horizon=1,
         normalization="none",
     )
 
 
-def lact(size: Size, base: Path) -> LaCTModule:
+def lact(size: Size, base: Path, branches: str = "both") -> LaCTModule:
     config = {
         "hidden_size": size.hidden,
         "num_hidden_layers": size.layers,
@@ -115,6 +118,7 @@ def lact(size: Size, base: Path) -> LaCTModule:
         "num_lact_heads": max(1, size.heads // 4),
         "window_size": size.chunk,
         "lact_chunk_size": size.chunk,
+        "branches": branches,
     }
     return LaCTModule(adamw, config=config)
 
@@ -123,12 +127,12 @@ def memory_bank(size: Size, base: Path) -> MemoryBankModule:
     return MemoryBankModule(adamw, pretrained=PretrainedOptions(str(base)), memory=MemoryOptions())
 
 
-def ttt_lora(method: Any) -> Callable[[Size, Path], TTTLoRAModule]:
+def ttt_lora(method: Any, train: Any = "adapters") -> Callable[[Size, Path], TTTLoRAModule]:
     def make(size: Size, base: Path) -> TTTLoRAModule:
         return TTTLoRAModule(
             adamw,
             method=method,
-            pretrained=PretrainedOptions(str(base)),
+            pretrained=PretrainedOptions(str(base), train=train),
             ttt_lora=TTTLoRAPlacement(learner=TTTLoRAOptions(mini_batch_size=min(16, size.chunk))),
             in_place=InPlaceOptions(layer=InPlaceConfig(chunk_size=size.chunk), every_n=2),
         )
@@ -153,6 +157,10 @@ def action_features(size: Size) -> dict[str, Any]:
     }
 
 
+def text_tokens(size: Size) -> int:
+    return size.length
+
+
 def make_batch(variant: str, size: Size, step: int, rank: int) -> list[dict[str, Any]]:
     """One chunk of a file of every row, chunk number `step`."""
     generator = torch.Generator().manual_seed(1000 * rank + step)
@@ -172,10 +180,16 @@ def make_batch(variant: str, size: Size, step: int, rank: int) -> list[dict[str,
     return [chunk]
 
 
+LANGUAGE_MODEL = ttt_lora("none", train="all")
 VARIANTS = {
-    "action_expert": Case(action_expert, action_features, lambda size: size.horizon),
-    "lact": Case(lact, text_features, lambda size: size.length),
-    "memory_bank": Case(memory_bank, text_features, lambda size: size.length),
-    "ttt_lora": Case(ttt_lora("ttt_lora"), text_features, lambda size: size.length),
-    "in_place": Case(ttt_lora("in_place"), text_features, lambda size: size.length),
+    "action_expert": Case(
+        action_expert,
+        partial(action_expert, with_ttt=False),
+        action_features,
+        lambda size: size.horizon,
+    ),
+    "lact": Case(lact, partial(lact, branches="attention"), text_features, text_tokens),
+    "memory_bank": Case(memory_bank, LANGUAGE_MODEL, text_features, text_tokens),
+    "ttt_lora": Case(ttt_lora("ttt_lora"), LANGUAGE_MODEL, text_features, text_tokens),
+    "in_place": Case(ttt_lora("in_place"), LANGUAGE_MODEL, text_features, text_tokens),
 }

@@ -51,8 +51,8 @@ class TTTLoRAModule(LanguageModule):
         lora: size and place of peft's LoRA, in the methods `lora` and `ttt_lora+lora`.
         fast_state: `carry` goes on from chunk to chunk of a file, `reset` starts every chunk
             afresh.
-        compile_model: run the model through `torch.compile`, in place. For a GPU: on a CPU, TTT-LoRA's
-            loop over mini-batches is unrolled, which takes the compiler minutes for every layer.
+        compile_model: run the model through `torch.compile`, in place. For a GPU: on a CPU the loop
+            over mini-batches is unrolled, which takes the compiler minutes for every layer.
         schedule: learning rate over the run.
         groups: options of the parameter groups `base`, `theta` (projections and norms of
             TTT-LoRA), `fast` (its learned initial fast weights), `gate` (its step sizes),

@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import softplus
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_modules.ops import triton_backend
 from lightning_modules.ops.lact import lact
 
 SIZES: dict[str, Any] = {"batch": 3, "heads": 2, "size": 4, "hidden": 6}
@@ -137,3 +138,21 @@ def test_compiled_layer_is_compiled_at_most_once_more_for_all_lengths() -> None:
         _, state = compiled(torch.randn(2, time, 8), state)
     assert counter.frame_count == with_state
     torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_compiled_takes_the_backend_that_it_would_take_uncompiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU that is the kernels; the check of devices is not traced."""
+    asked = []
+
+    def unable(device: str, dtype: torch.dtype, in_graphs: bool = False) -> str | None:
+        asked.append(torch.compiler.is_compiling())
+        return f"q is on {device}"
+
+    monkeypatch.setattr(triton_backend, "unable", unable)
+    torch._dynamo.reset()
+    torch.compile(Layer(), backend="eager")(torch.randn(2, 12, 8))
+    torch._dynamo.reset()
+    assert asked == [False]

@@ -99,5 +99,5 @@ def chapter_attention(
     }
     check_chapter_attention(q, mem_k, mem_v, chapters, log_weights, **options)
     obstacle = partial(triton_obstacle, q, mem_k, mem_v, whole=chapters is None, dropout=dropout)
-    run = dispatch("chapter_attention", backend, BACKENDS, q, obstacle)
+    run = dispatch("chapter_attention", backend, BACKENDS, q, obstacle, in_graphs=True)
     return run(q, mem_k, mem_v, chapters, log_weights, **options)

@@ -11,6 +11,7 @@ from lightning_modules.ops.chapter_attention.arguments import (
     reads_by_chapter,
     with_shared,
 )
+from lightning_modules.ops.chapter_attention.in_graphs import in_graph
 from lightning_modules.ops.chapter_attention.launch import Call, Inputs, Read
 
 MAX_SIZE = 128
@@ -82,7 +83,8 @@ def triton_chapter_attention(
 
         def read(call: Call, chapters: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
             indices = chapters.to(torch.int32).contiguous()
-            return Read.apply(call, *Inputs(tokens, k, v, weights.contiguous(), indices))
+            run = in_graph if torch.compiler.is_compiling() else Read.apply
+            return run(call, *Inputs(tokens, k, v, weights.contiguous(), indices))
 
         by_block = not mixture and not reads_by_chapter(q, mem_k, chapters, block_size)
         weights = log_weights_of(q, chapters, log_weights)

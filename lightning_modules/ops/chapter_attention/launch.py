@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,42 +58,74 @@ class Read(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        x = Inputs(*inputs)
-        groups: tuple[Tensor, ...] = ()
-        with torch.cuda.device_of(x.q):
-            if call.by_block:
-                o, lse = read_blocks(call, x)
-            else:
-                groups = groups_of(call, x)
-                parts = read_pairs(call, x, Groups(*groups))
-                o, lse = merge(call, x, *parts)
-                if call.mixture:
-                    lse = parts[1]
-                    ctx.mark_non_differentiable(lse)
+        o, lse, *groups = forward(call, Inputs(*inputs))
+        if call.mixture:
+            ctx.mark_non_differentiable(lse)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*x, None if call.mixture else o, lse, *groups)
+        ctx.save_for_backward(*inputs, None if call.mixture else o, lse, *groups)
         return o, lse
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("chapter_attention", "triton")
-        call, saved = ctx.call, ctx.saved_tensors
-        x, (o, lse, *kept) = Inputs(*saved[:5]), saved[5:]
-        do = torch.zeros_like(x.q) if do is None else do.contiguous()
-        with torch.cuda.device_of(x.q):
-            groups = Groups(*kept) if kept else groups_of(call, x)
-            if call.mixture:  # parts are as large as k outputs: read again rather than kept
-                o = read_pairs(call, x, groups)[0]
-            delta = deltas(x, o, do, None if call.mixture or dlse is None else dlse.contiguous())
-            dk, dv, dq, by_part = bank_gradients(call, x, groups, lse, do, delta)
-            if dq is None or by_part is None:
-                dq, dlog = query_gradients(call, x, lse, do, delta)
-            elif call.mixture:
-                dlog = sum_by_block(call, x, delta) * x.log_weights.exp()
-            else:
-                dlog = sum_by_block(call, x, by_part)
-        return None, dq, dk, dv, dlog, None
+        saved = ctx.saved_tensors
+        grads = backward(ctx.call, Inputs(*saved[:5]), saved[5], saved[6], saved[7:], do, dlse)
+        return None, *grads, None
+
+
+def forward(call: Call, x: Inputs) -> tuple[Tensor, ...]:
+    """Output and lse as of `Read`, and the groups if queries are read by chapter."""
+    with torch.cuda.device_of(x.q):
+        if call.by_block:
+            return read_blocks(call, x)
+        groups = groups_of(call, x)
+        parts = read_pairs(call, x, groups)
+        o, lse = merge(call, x, *parts)
+    return o, parts[1] if call.mixture else lse, *groups
+
+
+def room_forward(call: Call, x: Inputs) -> tuple[Tensor, ...]:
+    """Room for what `forward` returns."""
+    groups = () if call.by_block else groups_of(call, x)
+    return torch.empty_like(x.q), _scalars(x, x.chapters.shape[-1] if call.mixture else 1), *groups
+
+
+def backward(
+    call: Call,
+    x: Inputs,
+    o: Tensor | None,
+    lse: Tensor,
+    kept: Sequence[Tensor],
+    do: Tensor | None,
+    dlse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the inputs but the chapters.
+
+    Args:
+        call: of the forward pass.
+        x: its inputs.
+        o: its output; None for a mixture.
+        lse: its other one.
+        kept: its groups, if there were some.
+        do: gradient of the output; None: zero.
+        dlse: of lse, likewise; not looked at for a mixture.
+    """
+    do = torch.zeros_like(x.q) if do is None else do.contiguous()
+    with torch.cuda.device_of(x.q):
+        groups = Groups(*kept) if kept else groups_of(call, x)
+        if call.mixture:  # parts are as large as k outputs: read again rather than kept
+            o = read_pairs(call, x, groups)[0]
+        assert o is not None
+        delta = deltas(x, o, do, None if call.mixture or dlse is None else dlse.contiguous())
+        dk, dv, dq, by_part = bank_gradients(call, x, groups, lse, do, delta)
+        if dq is None or by_part is None:
+            dq, dlog = query_gradients(call, x, lse, do, delta)
+        elif call.mixture:
+            dlog = sum_by_block(call, x, delta) * x.log_weights.exp()
+        else:
+            dlog = sum_by_block(call, x, by_part)
+    return dq, dk, dv, dlog
 
 
 def groups_of(call: Call, x: Inputs) -> Groups:

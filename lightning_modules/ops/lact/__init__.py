@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -126,5 +127,22 @@ def lact(
         "group": group,
     }
     check_lact(q, k, v, lr, w0, w1, w2, **options)
-    run = dispatch("lact", backend, BACKENDS, q, partial(triton_obstacle, lr, group))
-    return run(q, k, v, lr, w0, w1, w2, **options)
+    run = _outside_of_graphs() if torch.compiler.is_compiling() else _run
+    return run(backend, q, k, v, lr, w0, w1, w2, **options)
+
+
+def _run(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, *weights: Tensor, **options: Any
+) -> tuple[Tensor, LaCTState]:
+    obstacle = partial(triton_obstacle, lr, options["group"])
+    run = dispatch("lact", backend, BACKENDS, q, obstacle)
+    return run(q, k, v, lr, *weights, **options)
+
+
+def _outside_of_graphs() -> Callable[..., tuple[Tensor, LaCTState]]:
+    """`_run` as it is inside `torch.compile`, with the kernels where there is a GPU.
+
+    The number of chunks depends on the length, so that their loop would be compiled anew for each.
+    """
+    # Not at import, which would load the compiler.
+    return torch.compiler.disable(_run, reason="a loop over chunks, for any length")

@@ -1,9 +1,5 @@
 """LaCT by matrix products over whole chunks."""
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -25,23 +21,7 @@ from lightning_modules.ops.states import LaCTState, TokensRead
 from lightning_modules.ops.ttt_eager import autocast_device
 
 
-def eager_lact(*arguments: Any, **options: Any) -> tuple[Tensor, LaCTState]:
-    """LaCT by matrix products; arguments and results are those of `ops.lact`.
-
-    Inside `torch.compile` it runs as it is: the number of chunks depends on the length, so that
-    their loop would be compiled anew for each of them.
-    """
-    run = _outside_of_graphs() if torch.compiler.is_compiling() else _run
-    return run(*arguments, **options)
-
-
-@cache
-def _outside_of_graphs() -> Callable[..., tuple[Tensor, LaCTState]]:
-    # At the first use: it loads the compiler, which importing the ops should not.
-    return torch.compiler.disable(_run, reason="a loop over chunks, for any length")
-
-
-def _run(
+def eager_lact(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -65,6 +45,7 @@ def _run(
     recompute: bool,
     group: ProcessGroup | None,
 ) -> tuple[Tensor, LaCTState]:
+    """LaCT by matrix products; arguments and results are those of `ops.lact`."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     rule = Rule(chunk_size, muon, muon_dtype, prenorm, residual, greedy, group)
     tokens = [k, v, lr.flatten(3)] + ([] if momentum is None else [momentum.unsqueeze(-1)])

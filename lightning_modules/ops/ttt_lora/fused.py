@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_modules.ops.grid import Progress
 from lightning_modules.ops.states import TTTLoRAState
 from lightning_modules.ops.ttt_lora.call import Call
-from lightning_modules.ops.ttt_lora.compiled import in_graph
+from lightning_modules.ops.ttt_lora.in_graphs import in_graph
 from lightning_modules.ops.ttt_lora.plan import make_plan
 
 

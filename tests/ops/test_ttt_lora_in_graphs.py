@@ -14,7 +14,7 @@ from ttt_cases import random_flags
 from ttt_lora_cases import LoRACase, carried_state, case_of
 
 from lightning_modules.ops import triton_backend, ttt_lora_cell
-from lightning_modules.ops.ttt_lora import compiled
+from lightning_modules.ops.ttt_lora import in_graphs
 from lightning_modules.ops.ttt_lora.call import Call
 from lightning_modules.ops.ttt_lora.plan import make_plan
 
@@ -137,12 +137,12 @@ def test_operations_keep_the_rules_of_the_library(features: str) -> None:
         held.append(torch.rand(2, 4, 2, requires_grad=True))
         before = [torch.tensor([1, 3]), torch.tensor([5, 3]), torch.tensor([0, 0])]
     given: list = []
-    original = compiled._forward
+    original = in_graphs._forward
     try:
-        compiled._forward = lambda *arguments: given.extend(arguments) or original(*arguments)
-        compiled.in_graph(call, before, eta, base, start, [*held, norm, None, q, k, v])
+        in_graphs._forward = lambda *arguments: given.extend(arguments) or original(*arguments)
+        in_graphs.in_graph(call, before, eta, base, start, [*held, norm, None, q, k, v])
     finally:
-        compiled._forward = original
+        in_graphs._forward = original
     # rows behind the blocks that there are stay unwritten: outputs are compared by the tests above
     torch.library.opcheck(
         original, tuple(given), test_utils=("test_schema", "test_autograd_registration",
