@@ -17,10 +17,7 @@ number of `torch`. Used: FLOPs per second by those of a bfloat16 product of 8192
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,12 +26,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from op_timing import ceilings
-from scaling import Clock, Data, times
+from scaling import in_process, times, train
 from scaling_cases import FULL, TINY, VARIANTS, save_base, ttt_lora
 from torch.utils.flop_counter import FlopCounterMode
 from training_runs import machine, write_json
 
-from callbacks import FileBoundaryReset, StreamStateCheckpoint
 from lightning_modules.ops import triton_backend
 from lightning_modules.ops.ttt_lora import choose
 
@@ -65,7 +61,6 @@ def run_cell(options: argparse.Namespace) -> None:
     """One cell, in this process."""
     variant, arm = options.cell
     case, size = VARIANTS[variant], TINY if options.tiny else FULL
-    cuda = torch.cuda.is_available() and not options.tiny
     torch.manual_seed(0)
     make = {"plain": case.plain, "lora": ttt_lora("lora")}.get(arm, case.module)
     module = make(size, options.base)
@@ -73,27 +68,10 @@ def run_cell(options: argparse.Namespace) -> None:
         for user in (triton_backend, choose):
             user.unable = lambda *call: "this arm is without kernels"  # type: ignore[attr-defined]
     module.compile_model = arm == "compiled"
-    clock, counted = Clock(), CountFlops()
+    counted = CountFlops()
     counting = [counted] if arm in ("plain", "lora", "torch") else []
-    trainer = pl.Trainer(
-        accelerator="gpu" if cuda else "cpu",
-        devices=1,
-        precision="bf16-mixed" if cuda else "32-true",
-        max_steps=options.warmup + options.repeats,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[FileBoundaryReset(), StreamStateCheckpoint(), clock, *counting],
-    )
-    trainer.fit(module, Data(variant, size, options.warmup + options.repeats))
-    result = {
-        "milliseconds": clock.milliseconds(options.warmup),
-        "tokens": size.rows * case.tokens(size),
-        "flops": counted.flops,
-        "peak": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
-    }
-    write_json(options.result, result)
+    result = train(options, variant, module, *counting, devices=1)
+    write_json(options.result, {**result, "flops": counted.flops})
 
 
 def measure(options: argparse.Namespace, folder: Path, peak: float) -> Iterator[str]:
@@ -110,17 +88,10 @@ def measure(options: argparse.Namespace, folder: Path, peak: float) -> Iterator[
         for arm in options.arms:
             if arm == "lora" and variant != next((v for v in options.variants if v in LORA), None):
                 continue
-            result = folder / f"{variant}_{arm}.json"
-            command = [sys.executable, __file__, "--cell", variant, arm]
-            command += ["--result", str(result), "--base", str(base)]
-            command += ["--repeats", str(options.repeats), "--warmup", str(options.warmup)]
-            command += ["--tiny"] if options.tiny else []
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode or not result.exists():
-                reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                yield f"| {variant} | {arm} | failed: {reason} | | | | |"
+            cell = in_process(__file__, (variant, arm), options, folder, base)
+            if isinstance(cell, str):
+                yield f"| {variant} | {arm} | failed: {cell} | | | | |"
                 continue
-            cell = json.loads(result.read_text())
             flops = cell["flops"] or flops
             yield f"| {variant} | {arm} | {_line(cell, flops / 1e12, peak)} |"
 

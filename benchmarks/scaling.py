@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -89,32 +89,48 @@ class Clock(pl.Callback):
 def run_cell(options: argparse.Namespace) -> None:
     """One cell, in as many processes as it has: this one starts the others."""
     variant, strategy, processes = options.cell[0], options.cell[1], int(options.cell[2])
-    size = TINY if options.tiny else FULL
-    cuda = torch.cuda.is_available() and not options.tiny
     torch.manual_seed(0)
+    module = VARIANTS[variant].module(TINY if options.tiny else FULL, options.base)
+    result = train(options, variant, module, devices=processes, strategy=strategy)
+    if module.trainer.is_global_zero:
+        write_json(options.result, {**result, "tokens": processes * result["tokens"]})
+
+
+def train(
+    options: argparse.Namespace,
+    variant: str,
+    module: pl.LightningModule,
+    *callbacks: pl.Callback,
+    **trainer: Any,
+) -> dict[str, Any]:
+    """Milliseconds of the steps, tokens that a process reads in one, and the peak in GiB.
+
+    Args:
+        options: of the command line.
+        variant: whose data and sizes are taken.
+        module: what is trained.
+        callbacks: beside those of `cli.py`.
+        trainer: options of the Trainer beside those of every cell.
+    """
+    size, case = TINY if options.tiny else FULL, VARIANTS[variant]
+    cuda = torch.cuda.is_available() and not options.tiny
     clock, steps = Clock(), options.warmup + options.repeats
-    trainer = pl.Trainer(
+    pl.Trainer(
         accelerator="gpu" if cuda else "cpu",
-        devices=processes,
-        strategy=strategy,
         precision="bf16-mixed" if cuda else "32-true",
         max_steps=steps,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[FileBoundaryReset(), StreamStateCheckpoint(), clock],
-    )
-    module = VARIANTS[variant].module(size, options.base)
-    trainer.fit(module, Data(variant, size, steps))
-    if trainer.is_global_zero:
-        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-        result = {
-            "milliseconds": clock.milliseconds(options.warmup),
-            "tokens": processes * size.rows * VARIANTS[variant].tokens(size),
-            "peak": peak,
-        }
-        write_json(options.result, result)
+        callbacks=[FileBoundaryReset(), StreamStateCheckpoint(), clock, *callbacks],
+        **trainer,
+    ).fit(module, Data(variant, size, steps))
+    return {
+        "milliseconds": clock.milliseconds(options.warmup),
+        "tokens": size.rows * case.tokens(size),
+        "peak": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
+    }
 
 
 def measure(options: argparse.Namespace, folder: Path) -> Iterator[str]:
@@ -124,24 +140,32 @@ def measure(options: argparse.Namespace, folder: Path) -> Iterator[str]:
         for strategy in STRATEGIES:
             alone = None
             for processes in options.processes:
-                result = folder / f"{variant}_{strategy}_{processes}.json"
-                command = [sys.executable, __file__, "--cell", variant, strategy, str(processes)]
-                command += ["--result", str(result), "--base", str(base)]
-                command += ["--repeats", str(options.repeats), "--warmup", str(options.warmup)]
-                command += ["--tiny"] if options.tiny else []
-                done = subprocess.run(command, capture_output=True, text=True)
+                cell = in_process(__file__, (variant, strategy, processes), options, folder, base)
                 name = f"| {variant} | {strategy} | {processes} |"
-                if done.returncode or not result.exists():
-                    reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                    yield f"{name} failed: {reason} | | | |"
+                if isinstance(cell, str):
+                    yield f"{name} failed: {cell} | | | |"
                     continue
-                cell = json.loads(result.read_text())
                 speed = cell["tokens"] / statistics.median(cell["milliseconds"]) * 1e3
                 alone = speed if processes == 1 else alone
                 share = "" if alone is None else f"{speed / (processes * alone):.1%}"
                 yield f"{name} {times(cell['milliseconds'])} | {speed:,.0f} | {share} | " + (
                     f"{cell['peak']:.2f} |"
                 )
+
+
+def in_process(
+    script: str, cell: Sequence[Any], options: argparse.Namespace, folder: Path, base: Path
+) -> dict[str, Any] | str:
+    """What a cell measures in a process of its own; the last line of its error if it fails."""
+    names = [str(part) for part in cell]
+    result = folder / f"{'_'.join(names)}.json"
+    command = [sys.executable, script, "--cell", *names, "--result", str(result)]
+    command += ["--base", str(base), "--repeats", str(options.repeats)]
+    command += ["--warmup", str(options.warmup), *(["--tiny"] if options.tiny else [])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode or not result.exists():
+        return (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return dict(json.loads(result.read_text()))
 
 
 def times(milliseconds: list[float]) -> str:
