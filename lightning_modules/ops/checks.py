@@ -28,9 +28,15 @@ def select_backend(op: str, backend: str, backends: Mapping[str, Backend]) -> Ba
 
 def check_shape(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
     """Raise ValueError unless the tensor has one of the shapes."""
-    if tuple(tensor.shape) not in shapes:
+    found = tuple(tensor.shape)
+    # Traced with a length that is not fixed, a number is never "in" a tuple of formulas.
+    if found not in shapes and not any(_alike(found, shape) for shape in shapes):
         wanted = " or ".join(str(list(shape)) for shape in shapes)
         raise ValueError(f"{name} must have shape {wanted}, but has {list(tensor.shape)}")
+
+
+def _alike(found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    return len(found) == len(shape) and all(x == y for x, y in zip(found, shape, strict=True))
 
 
 def check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -4,6 +4,7 @@ They run in Triton's interpreter; with a GPU see `test_chapter_attention_kernels
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 import triton_interpreter as triton_interpreter
 from chapter_cases import Case, differentiate, make_case
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx import GraphModule
 
+from lightning_modules.ops import chapter_attention
 from lightning_modules.ops.chapter_attention import in_graphs
 from lightning_modules.ops.chapter_attention.launch import Call
 
@@ -52,6 +55,27 @@ def test_compiled_is_one_graph_and_the_same_bit_for_bit(way: str) -> None:
 def test_the_default_compiler_computes_the_same() -> None:
     case = make_case(**{**SMALL, **WAYS["by_chapter"]})
     torch.testing.assert_close(results(case, "inductor"), results(case), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block_size, graphs", [(1, 2), (32, 3)])
+def test_lengths_share_a_graph_and_are_the_same_bit_for_bit(block_size: int, graphs: int) -> None:
+    """The second length makes one for any, and another number of blocks one for any number."""
+    options = {"block_size": block_size}
+
+    def run(call: Case, function: Callable[..., Tensor]) -> dict[str, Tensor]:
+        given = [call.tensors[n] for n in ("q", "mem_k", "mem_v")]
+        return {"o": function(*given, call.chapters, call.tensors["log_weights"])}
+
+    read = partial(chapter_attention, backend="triton", **options)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(read, backend=counter, fullgraph=True)
+    for time in (40, 45, 70, 101):
+        case = make_case(**{**SMALL, "time": time, "top_k": 2, **options})
+        expected, actual = (differentiate(case, lambda c, f=f: run(c, f)) for f in (read, compiled))
+        assert all(torch.equal(actual[name], x) for name, x in expected.items()), time
+    assert counter.frame_count == graphs
 
 
 @pytest.mark.parametrize("time", [3, 50])

@@ -9,11 +9,12 @@ import pytest
 import torch
 import triton_interpreter as triton_interpreter
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx import GraphModule
 from ttt_cases import random_flags
 from ttt_lora_cases import LoRACase, carried_state, case_of
 
-from lightning_modules.ops import triton_backend, ttt_lora_cell
+from lightning_modules.ops import triton_backend, ttt_lora, ttt_lora_cell
 from lightning_modules.ops.ttt_lora import in_graphs
 from lightning_modules.ops.ttt_lora.call import Call
 from lightning_modules.ops.ttt_lora.plan import make_plan
@@ -69,6 +70,23 @@ def test_the_default_compiler_computes_the_same() -> None:
     torch._dynamo.reset()
     for x, y in zip(results(case, torch.compile(run)), results(case, run), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_lengths_share_a_graph_and_are_the_same_bit_for_bit() -> None:
+    """The second length makes the last one, for any."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def run(*values: Tensor) -> tuple[Tensor, ...]:
+        o, state = ttt_lora(*values, mini_batch_size=4, backend="triton")
+        return o, state.dw
+
+    compiled = torch.compile(run, backend=counter, fullgraph=True)
+    for time in (9, 13, 30):
+        case = case_of("A_plain", time, group=2)
+        assert_equal(results(case, compiled), results(case, run))
+    assert counter.frame_count == 2
 
 
 def test_a_graph_has_one_node_for_a_call_whatever_its_length() -> None:
