@@ -84,9 +84,10 @@ def main(args: list[str] | None = None) -> None:
 
 def _run(commands: Sequence[str], args: list[str] | None) -> None:
     """Build the LightningCLI and run a command (imports take seconds, so they are here)."""
-    # Before torch: threads that spin while they wait for each other's core, as they do by default,
-    # make a step of a small model 50 times slower on a machine that does something else, too.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch: by default its threads spin for about a millisecond while they wait for each
+    # other, also for one whose core does something else; then steps of small models take many times
+    # as long. So short a wait costs nothing on a machine of one's own.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     gc.disable()  # a sixth of the imports' time would go into looking for garbage among classes
     from lightning.pytorch import LightningDataModule
     from lightning.pytorch.cli import LightningCLI
