@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_modules.adapters.ttt_lora import layer as adapter_layer
 from lightning_modules.ops import triton_backend
-from lightning_modules.ops.ttt_lora import choose
 
 NONE = frozenset(
     [
@@ -94,7 +93,7 @@ def kernels_replaced(kernels: Callable[[str], None]) -> Iterator[None]:
 
     replaced = [
         (JITFunction, "__getitem__", launch),
-        *((module, "unable", lambda *call: None) for module in (triton_backend, choose)),
+        (triton_backend, "unable", lambda *call: None),
         (adapter_layer, "may_overwrite", _may_overwrite),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]

@@ -176,21 +176,38 @@ def times(milliseconds: list[float]) -> str:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tiny", action="store_true", help="small models on the CPU")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser = parser_of_cells(__doc__, repeats=30)
     parser.add_argument("--processes", nargs="+", type=int, help="default: 1 2 4; tiny: 1 2")
-    parser.add_argument("--repeats", type=int, default=30, help="steps that are timed")
-    parser.add_argument("--warmup", type=int, default=5, help="steps before, at least 1")
-    parser.add_argument("--out", type=Path, help="file to write")
-    parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.processes = options.processes or ([1, 2] if options.tiny else [1, 2, 4])
     return options
+
+
+def parser_of_cells(description: str | None, repeats: int) -> argparse.ArgumentParser:
+    """The options of a table of cells, and those that a cell's own process gets."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tiny", action="store_true", help="small models on the CPU")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--repeats", type=int, default=repeats, help="steps that are timed")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before, at least 1")
+    parser.add_argument("--out", type=Path, help="file to write")
+    parser.add_argument("--cell", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def write_table(columns: str, rows: Iterator[str], about: str, out: Path | None) -> None:
+    """Print a table, and write it after every row."""
+    lines = [f"| {columns} |", "|---" * (1 + columns.count("|")) + "|"]
+    for row in rows:
+        lines.append(row)
+        print(row, flush=True)
+        if out:
+            out.write_text("\n".join([*lines, "", about]) + "\n")
+    print("\n".join(["", *lines, "", about]))
 
 
 def main() -> None:
@@ -200,15 +217,9 @@ def main() -> None:
         run_cell(options)
         return
     note = "TINY, on a CPU: no figure says anything. " if options.tiny else ""
-    lines = [f"| {COLUMNS} |", "|---" * 7 + "|"]
     about = note + str(machine(("torch", "lightning", "transformers")))
     with tempfile.TemporaryDirectory() as folder:
-        for line in measure(options, Path(folder)):
-            lines.append(line)
-            print(line, flush=True)
-            if options.out:
-                options.out.write_text("\n".join([*lines, "", about]) + "\n")
-    print("\n".join(["", *lines, "", about]))
+        write_table(COLUMNS, measure(options, Path(folder)), about, options.out)
 
 
 if __name__ == "__main__":

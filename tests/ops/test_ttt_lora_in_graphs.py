@@ -3,7 +3,7 @@
 They run in Triton's interpreter; with a GPU see `test_ttt_lora_kernels_gpu.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -31,9 +31,11 @@ def featured(case: LoRACase, features: str) -> LoRACase:
     return carried_state(case, 2) if "state" in features else case
 
 
-def results(case: LoRACase, function: Callable[..., tuple[Tensor, ...]]) -> list[Tensor | None]:
-    """Outputs of a function of the case's tensors, and the gradients of all of them."""
-    leaves = [x.detach().clone().requires_grad_() for x in case.tensors.values()]
+def results(
+    tensors: Iterable[Tensor], function: Callable[..., tuple[Tensor, ...]]
+) -> list[Tensor | None]:
+    """Outputs of a function of tensors, and the gradients of all of them."""
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
     found = function(*leaves)
     sum(x.square().sum() for x in found).backward()
     return [*found, *(x.grad for x in leaves)]
@@ -61,14 +63,18 @@ def test_compiled_is_one_graph_and_the_same_bit_for_bit(form: str, features: str
     run = runner(featured(case := case_of(form, 9, group=2), features))
     torch._dynamo.reset()
     whole = torch.compile(run, backend="aot_eager", fullgraph=True)
-    assert_equal(results(case, whole), results(case, run))
+    assert_equal(results(case.tensors.values(), whole), results(case.tensors.values(), run))
 
 
 @pytest.mark.slow
 def test_the_default_compiler_computes_the_same() -> None:
     run = runner(featured(case := case_of("B_ln", 9, group=2), "mask state"))
     torch._dynamo.reset()
-    for x, y in zip(results(case, torch.compile(run)), results(case, run), strict=True):
+    for x, y in zip(
+        results(case.tensors.values(), torch.compile(run)),
+        results(case.tensors.values(), run),
+        strict=True,
+    ):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
@@ -85,7 +91,7 @@ def test_lengths_share_a_graph_and_are_the_same_bit_for_bit() -> None:
     compiled = torch.compile(run, backend=counter, fullgraph=True)
     for time in (9, 13, 30):
         case = case_of("A_plain", time, group=2)
-        assert_equal(results(case, compiled), results(case, run))
+        assert_equal(results(case.tensors.values(), compiled), results(case.tensors.values(), run))
     assert counter.frame_count == 2
 
 
@@ -126,20 +132,16 @@ def test_cell_compiled_is_the_same_bit_for_bit(form: str) -> None:
         )
         return first, second, last.dw, last.pending_v
 
-    def gradients(function: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
-        given = [x.clone().requires_grad_() for x in leaves]
-        found = function(*given)
-        sum(x.square().sum() for x in found).backward()
-        return [*found, *(x.grad for x in given)]
-
     torch._dynamo.reset()
     whole = torch.compile(run, backend="aot_eager", fullgraph=True)
-    assert_equal(gradients(whole), gradients(run))
+    assert_equal(results(leaves, whole), results(leaves, run))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("features", ["", "mask state"])
-def test_operations_keep_the_rules_of_the_library(features: str) -> None:
+def test_operations_keep_the_rules_of_the_library(
+    features: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Schema, shapes, gradients and tracing, as torch checks them."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 9, 2, 3, requires_grad=True) for _ in "qkv")
@@ -156,11 +158,9 @@ def test_operations_keep_the_rules_of_the_library(features: str) -> None:
         before = [torch.tensor([1, 3]), torch.tensor([5, 3]), torch.tensor([0, 0])]
     given: list = []
     original = in_graphs._forward
-    try:
-        in_graphs._forward = lambda *arguments: given.extend(arguments) or original(*arguments)
-        in_graphs.in_graph(call, before, eta, base, start, [*held, norm, None, q, k, v])
-    finally:
-        in_graphs._forward = original
+    keep = lambda *arguments: given.extend(arguments) or original(*arguments)  # noqa: E731
+    monkeypatch.setattr(in_graphs, "_forward", keep)
+    in_graphs.in_graph(call, before, eta, base, start, [*held, norm, None, q, k, v])
     # rows behind the blocks that there are stay unwritten: outputs are compared by the tests above
     torch.library.opcheck(
         original, tuple(given), test_utils=("test_schema", "test_autograd_registration",

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from torch import Tensor
+
 from lightning_modules.ops.ttt_lora.plan import Plan
 
 
@@ -27,3 +29,16 @@ class Call(NamedTuple):
     unit: bool = False
     output_eps: float = 1e-5
     residual: bool = False
+
+
+def held_get_gradients(start: Tensor | None, norm: Tensor | None, of_state: bool) -> bool:
+    """Whether the tokens of the open mini-batch that a state held get gradients.
+
+    They do if those of the state are asked for, and if the norm in the loss needs theirs.
+
+    Args:
+        start: the change of the state; None: there is none.
+        norm: of the loss.
+        of_state: whether a gradient of the state is asked for.
+    """
+    return start is not None and (of_state or norm is not None)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_modules.ops import triton_backend
 from lightning_modules.ops.tile_size import padded
-from lightning_modules.ops.triton_backend import dispatch, unable
 from lightning_modules.ops.ttt_lora.eager import eager_ttt_lora
 from lightning_modules.ops.ttt_lora.fused import triton_ttt_lora
 from lightning_modules.ops.ttt_lora.naive import naive_ttt_lora
@@ -36,7 +36,7 @@ def choose_backend(backend: str, q: Tensor, d: int, mini_batch_size: int) -> Cal
         RuntimeError: "triton" was asked for where it cannot run.
     """
     obstacle = partial(_obstacle, d, mini_batch_size)
-    return dispatch("ttt_lora", backend, BACKENDS, q, obstacle, in_graphs=True)
+    return triton_backend.dispatch("ttt_lora", backend, BACKENDS, q, obstacle, in_graphs=True)
 
 
 def takes_kernels(x: Tensor, dtype: torch.dtype, d: int, mini_batch_size: int) -> bool:
@@ -48,7 +48,8 @@ def takes_kernels(x: Tensor, dtype: torch.dtype, d: int, mini_batch_size: int) -
         d: size of an adapter.
         mini_batch_size: m.
     """
-    return unable(x.device.type, dtype) is None and _obstacle(d, mini_batch_size) is None
+    able = triton_backend.unable(x.device.type, dtype) is None
+    return able and _obstacle(d, mini_batch_size) is None
 
 
 def _obstacle(d: int, size: int) -> str | None:

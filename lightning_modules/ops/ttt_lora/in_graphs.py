@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_modules.ops.ttt_lora.call import Call
+from lightning_modules.ops.ttt_lora.call import Call, held_get_gradients
 from lightning_modules.ops.ttt_lora.plan import Plan
 
 Given = Sequence[Tensor | None]
@@ -43,7 +43,7 @@ class _Unpacked(NamedTuple):
 
     def with_gradients(self, of_state: bool) -> list[Tensor | None]:
         """The inputs that get one; the open mini-batch only where something asks for it."""
-        held = self.inputs[2] is not None and (of_state or self.inputs[6] is not None)
+        held = held_get_gradients(self.inputs[2], self.inputs[6], of_state)
         return [x if held or not 3 <= n < 6 else None for n, x in enumerate(self.inputs)]
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_modules.ops.tile_size import padded
-from lightning_modules.ops.ttt_lora.call import Call
+from lightning_modules.ops.ttt_lora.call import Call, held_get_gradients
 from lightning_modules.ops.ttt_lora.kernels.backward import (
     read_backward_kernel,
     scan_backward_kernel,
@@ -109,7 +109,7 @@ def backward(
     new = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tokens]
     of_eta = exact(batch, time, group) if per_token else base
     of_held: Given = (None, None, None)
-    held = start is not None and (of_state or norm is not None)
+    held = held_get_gradients(start, norm, of_state)
     sums, sizes = room_for_sums(base, rows, blocks, (norm, output_norm), per_token, held)
     of_q, of_k, of_v = split(new, base)
     with on_device(q):
