@@ -32,3 +32,14 @@ def _call_as_the_compiler(self: interpreter.GridExecutor, *args: Any, **keywords
 
 
 interpreter.GridExecutor.__call__ = _call_as_the_compiler
+_reduce = interpreter.ReduceOps.apply_impl
+
+
+def _reduce_fast(self: interpreter.ReduceOps, inputs: tuple[Any, ...]) -> Any:
+    """Two sums in one reduction, which the interpreter would do number by number."""
+    if getattr(self.combine_fn, "__name__", "") == "_add_both":
+        return tuple(map(self.sum, inputs))
+    return _reduce(self, inputs)
+
+
+interpreter.ReduceOps.apply_impl = _reduce_fast

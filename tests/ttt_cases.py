@@ -187,7 +187,7 @@ def differentiate(
     o, new = call.run(run, **options) if isinstance(run, str) else run(call, **options)
     generator = torch.Generator().manual_seed(99)
     loss = sum(
-        (x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)).sum()
+        (x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)).sum()
         for x in (o, *floating(new).values())
     )
     gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)

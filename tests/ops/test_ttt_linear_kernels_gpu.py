@@ -80,8 +80,8 @@ def norm_errors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     return found
 
 
-def check(case: Case, dtype: torch.dtype, **options: Any) -> None:
-    expected = differentiate(case, "naive", **options)
+def check(case: Case, dtype: torch.dtype, against: str = "naive", **options: Any) -> None:
+    expected = differentiate(case, against, **options)
 
     def on_the_gpu(call: Case, **given: Any) -> tuple[torch.Tensor, Any]:
         o, state = on_gpu(call, dtype).run("triton", **given)
@@ -103,6 +103,12 @@ def test_triton_is_naive_with_a_mask_and_a_carried_state(dtype: torch.dtype, siz
 def test_triton_is_naive_with_everything(form: str, dtype: torch.dtype) -> None:
     case = random_flags(case_of(form, 64, batch=3, heads=2, per_row=True), 5, *FLAGS)
     check(carried_state(case, 5, time=19), dtype, flush=True)
+
+
+@pytest.mark.parametrize("dtype", SIZES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_triton_is_torch_in_a_row_of_thousands(dtype: torch.dtype) -> None:
+    """Of 256 mini-batches, each of which reads what the one before it left behind."""
+    check(case_of("causal_16", 64, 4096, batch=1, heads=2), dtype, against="torch")
 
 
 @every_form_and_dtype
@@ -177,3 +183,24 @@ def test_auto_is_triton_on_a_gpu_and_torch_where_kernels_end() -> None:
     assert torch.equal(case.run("auto")[0], case.run("triton")[0])
     long = on_gpu(case_of("call", 64, 70, batch=1, heads=2), torch.bfloat16)
     assert torch.equal(long.run("auto")[0], long.run("torch")[0])
+
+
+@pytest.mark.parametrize(("form", "size", "time"), [("causal_16", 64, 90), ("call", 128, 51)])
+def test_compiled_auto_is_triton_bit_for_bit(form: str, size: int, time: int) -> None:
+    case = on_gpu(case_of(form, size, time, batch=2, heads=2), torch.bfloat16)
+    names = list(case.tensors)
+
+    def run(backend: str, values: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        o, state = case.with_tensors(**dict(zip(names, values, strict=True))).run(backend)
+        return o, state.dw, state.db
+
+    def results(function: Any, backend: str) -> list[torch.Tensor]:
+        leaves = [case.tensors[name].clone().requires_grad_() for name in names]
+        found = function(backend, leaves)
+        loss = sum(x.float().square().sum() for x in found)
+        return [*found, *torch.autograd.grad(loss, leaves)]
+
+    torch._dynamo.reset()
+    whole = torch.compile(run, backend="aot_eager", fullgraph=True)
+    for x, y in zip(results(whole, "auto"), results(run, "triton"), strict=True):
+        assert torch.equal(x, y)

@@ -113,7 +113,7 @@ def ttt_linear(
     shapes = {"dw": (size, size), "db": (1, size)}
     check_ttt_state(q, state, TTTLinearState, shapes, (mini_batch_size or 0) if causal else 0)
     obstacle = partial(triton_obstacle, q, mini_batch_size=mini_batch_size)
-    run = dispatch("ttt_linear", backend, BACKENDS, q, obstacle)
+    run = dispatch("ttt_linear", backend, BACKENDS, q, obstacle, in_graphs=True)
     return run(
         q, k, v, eta, norm_weight, norm_bias, w, b, state=state, flush=flush, eps=eps, **options
     )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_modules.ops.states import TTTLinearState
 from lightning_modules.ops.ttt_eager import Options, autocast_device
+from lightning_modules.ops.ttt_linear.in_graphs import in_graph
 from lightning_modules.ops.ttt_linear.launch import Call, TTTLinear
 from lightning_modules.ops.ttt_linear.layout import GROUP, Layout, lay_out, open_tokens
 
@@ -65,7 +66,8 @@ def triton_ttt_linear(
         parameters = (x.to(dtype).contiguous() for x in (norm_weight, norm_bias, w, b))
         inputs = (x if x is None else x.contiguous() for x in (q, k, v, eta, tau))
         carried = (x if x is None else x.to(dtype).contiguous() for x in (*changes, *held))
-        o, dw, db = TTTLinear.apply(call, *inputs, *parameters, *carried)
+        run = in_graph if torch.compiler.is_compiling() else TTTLinear.apply
+        o, dw, db = run(call, *inputs, *parameters, *carried)
         if not options.causal or options.flush:
             slots = (options.mini_batch_size or 0) if options.causal else 0
             new = tuple(eta.new_zeros(len(q), slots, *x.shape[2:]) for x in (k, v, eta))

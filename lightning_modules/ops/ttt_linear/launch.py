@@ -91,16 +91,9 @@ def run_forward(call: Call, x: Inputs) -> tuple[Tensor, Tensor, Tensor, Saved]:
     """Outputs, the state's changes, and what the backward pass needs."""
     from lightning_modules.ops.ttt_linear.kernels.forward import read_kernel, write_kernel
 
-    layout, (batch, _, heads, size) = call.layout, x.q.shape
-    groups, slots = -(-layout.number // layout.group), layout.number * layout.size
-    saved = Saved(
-        x.q.new_empty(batch, heads, slots, size),
-        x.q.new_empty(batch, heads, groups, size, size),
-        x.eta.new_empty(batch, heads, groups, size),
-    )
-    o = torch.zeros_like(x.q) if call.masked else torch.empty_like(x.q)
-    dw = x.eta.new_empty(batch, heads, size, size)
-    db = x.eta.new_empty(batch, heads, 1, size)
+    layout, size = call.layout, x.q.shape[-1]
+    o, dw, db, saved = room_forward(call, x)
+    batch, heads, groups = saved.weights.shape[:3]
     shared = _shared(call, x)
     with torch.cuda.device_of(x.q):
         write_kernel[(batch * heads,)](
@@ -129,6 +122,21 @@ def run_forward(call: Call, x: Inputs) -> tuple[Tensor, Tensor, Tensor, Saved]:
     return o, dw, db, saved
 
 
+def room_forward(call: Call, x: Inputs) -> tuple[Tensor, Tensor, Tensor, Saved]:
+    """Tensors for what `run_forward` returns; outputs are zero where a token may have no slot."""
+    layout, (batch, _, heads, size) = call.layout, x.q.shape
+    groups, slots = -(-layout.number // layout.group), layout.number * layout.size
+    saved = Saved(
+        x.q.new_empty(batch, heads, slots, size),
+        x.q.new_empty(batch, heads, groups, size, size),
+        x.eta.new_empty(batch, heads, groups, size),
+    )
+    o = torch.zeros_like(x.q) if call.masked else torch.empty_like(x.q)
+    dw = x.eta.new_empty(batch, heads, size, size)
+    db = x.eta.new_empty(batch, heads, 1, size)
+    return o, dw, db, saved
+
+
 def run_backward(
     call: Call,
     x: Inputs,
@@ -141,25 +149,25 @@ def run_backward(
     from lightning_modules.ops.ttt_linear.kernels import backward, inputs
 
     layout, (batch, heads, groups, size, _) = call.layout, saved.weights.shape
-    do = torch.zeros_like(x.q) if do is None else do.contiguous()
-    upper = _upper(x, dw_out, db_out)
+    upper, halves = _upper(x, dw_out, db_out), 1 if size <= NARROW else 2
     slot = {name: torch.empty_like(saved.g) for name in ("dp", "dg", "zh", "dh", "dz")}
     scalar = {name: x.eta.new_empty(saved.g.shape[:3]) for name in ("rstd", "along")}
-    state = _state_gradients(call, saved, x)
-    sums = x.eta.new_empty(batch, heads, groups, 2, size)
+    state, sums = _state_gradients(call, saved, x), x.eta.new_empty(batch, heads, groups, 2, size)
     token, shared = _token_gradients(call, x), _shared(call, x)
     dtau = x.eta.new_empty(batch, heads, layout.number, layout.size)
+    do = torch.zeros_like(x.q) if do is None else do.contiguous()
     ends = {"beta": x.beta, "do": do, "sums": sums, **_tile(layout, size)}
     given = _tokens(x, "q", "k", "v", "eta", "held_k", "held_v", "held_eta", "tau", "gamma")
     fewer = {name: given[name] for name in given if name not in ("v", "held_v")}
     with torch.cuda.device_of(x.q):
-        backward.output_gradient_kernel[(groups, batch * heads)](
+        backward.output_gradient_kernel[(groups, batch * heads, halves)](
             **given,
             **saved._asdict(),
             **scalar,
             **{name: slot[name] for name in ("dp", "dg", "zh")},
             **ends,
             EPS=call.eps,
+            HALVES=halves,
             **shared,
         )
         backward.weight_gradient_kernel[(batch * heads,)](
@@ -299,13 +307,22 @@ def _shared(call: Call, x: Inputs) -> dict[str, Any]:
     }
 
 
+NARROW = 64
+"""Most channels of a head whose weights leave a program of four warps registers for the rest."""
+
+PART = 32
+"""Most tokens at once beside the weights of wider heads."""
+
+
 def _walk(layout: Layout, size: int) -> dict[str, int]:
     """Options of the kernels that walk from mini-batch to mini-batch."""
-    warps = 4 if size <= 64 and layout.size <= 32 else 8
-    return {"BT": padded(layout.size), "num_warps": warps, "num_stages": 2}
+    warps = 4 if size <= NARROW and layout.size <= 32 else 8
+    tokens = padded(layout.size) if size <= NARROW else min(padded(layout.size), PART)
+    parts = -(-padded(layout.size) // tokens)
+    return {"BT": tokens, "PARTS": parts, "num_warps": warps, "num_stages": 2}
 
 
 def _tile(layout: Layout, size: int) -> dict[str, int]:
     """Options of the kernels that take a group at once."""
     slots = min(GROUP, layout.group * layout.size)
-    return {"BG": padded(slots), "num_warps": 4 if size <= 64 else 8, "num_stages": 1}
+    return {"BG": padded(slots), "num_warps": 4 if size <= NARROW else 8, "num_stages": 1}

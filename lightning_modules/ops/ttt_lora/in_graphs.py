@@ -8,12 +8,13 @@ A schema has no lists with gaps: the tensors that a call has come without those 
 `given` says which (1 or 0 for each place of `_Places`, then for each tensor of tokens).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_modules.ops.nodes import there, unshared, with_gaps
 from lightning_modules.ops.ttt_lora.call import Call, held_get_gradients
 from lightning_modules.ops.ttt_lora.plan import Plan
 
@@ -39,7 +40,7 @@ class _Unpacked(NamedTuple):
 
     @property
     def tokens(self) -> list[Tensor]:
-        return _there(self.inputs[PLACES.differentiable :])
+        return there(self.inputs[PLACES.differentiable :])
 
     def with_gradients(self, of_state: bool) -> list[Tensor | None]:
         """The inputs that get one; the open mini-batch only where something asks for it."""
@@ -65,7 +66,7 @@ def in_graph(
     places = [eta, base, start, *others[:5], *before, *flags, *others[5:]]
     sizes = [call.size, call.width, plan.blocks, plan.slots, plan.tile, *(int(x) for x in options)]
     given = [int(x is not None) for x in places]
-    return _forward(_there(places), given, sizes, [call.eps, call.output_eps])[:6]
+    return _forward(there(places), given, sizes, [call.eps, call.output_eps])[:6]
 
 
 @torch.library.custom_op("fast_weights::ttt_lora", mutates_args=())
@@ -108,8 +109,8 @@ def _backward(
     from lightning_modules.ops.ttt_lora.kernels.launch import backward
 
     inputs, before, call = _unpack(tensors, given, sizes, eps)
-    found = backward(call, before, inputs, kept, _with_gaps(grads, of_outputs), of_state)
-    return [_alone(x) for x in _there(found)]
+    found = backward(call, before, inputs, kept, with_gaps(grads, of_outputs), of_state)
+    return unshared(there(found))
 
 
 @_backward.register_fake
@@ -124,12 +125,12 @@ def _(
     of_state: bool,
 ) -> list[Tensor]:
     wanted = _unpack(tensors, given, sizes, eps).with_gradients(of_state)
-    return [x.new_empty(x.shape) for x in _there(wanted)]
+    return [x.new_empty(x.shape) for x in there(wanted)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     tensors, *ctx.options = inputs
-    places = _with_gaps(tensors, ctx.options[0])
+    places = with_gaps(tensors, ctx.options[0])
     ctx.of_state = any(x is not None and x.requires_grad for x in places[2:6])
     ctx.save_for_backward(*tensors, *output[6:])
     ctx.mark_non_differentiable(output[5])
@@ -138,13 +139,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     *tensors, kept, kept_open = ctx.saved_tensors
     given, count = ctx.options[0], PLACES.differentiable
-    there = [int(x is not None) for x in grads[:5]]
-    options = ([kept, kept_open], _there(grads[:5]), there, ctx.of_state)
+    of_outputs = [int(x is not None) for x in grads[:5]]
+    options = ([kept, kept_open], there(grads[:5]), of_outputs, ctx.of_state)
     found = iter(_backward(tensors, *ctx.options, *options))
     wanted = _unpack(tensors, *ctx.options).with_gradients(ctx.of_state)
     inputs = [None if x is None else next(found) for x in wanted]
     places = [*inputs[:count], *[None] * PLACES.integers, *inputs[count:]]
-    return [x for x, there in zip(places, given, strict=True) if there], None, None, None
+    return [x for x, has in zip(places, given, strict=True) if has], None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -155,23 +156,9 @@ def _unpack(
 ) -> _Unpacked:
     """What `in_graph` was given, from what a schema can hold of it."""
     first, last = PLACES.differentiable, sum(PLACES)
-    places = _with_gaps(tensors, given)
+    places = with_gaps(tensors, given)
     entries, rows, mask = places[first + 3 : last]
     size, width, blocks, slots, tile, mode_b, unit, residual = sizes
     plan = Plan(blocks, slots, tile, entries, rows, mask, None)
     call = Call(size, bool(mode_b), plan, width, eps[0], bool(unit), eps[1], bool(residual))
     return _Unpacked([*places[:first], *places[last:]], places[first : first + 3], call)
-
-
-def _with_gaps(tensors: Sequence[Tensor], given: Sequence[int]) -> list[Tensor | None]:
-    rest = iter(tensors)
-    return [next(rest) if there else None for there in given]
-
-
-def _there(tensors: Iterable[Tensor | None]) -> list[Tensor]:
-    return [x for x in tensors if x is not None]
-
-
-def _alone(x: Tensor) -> Tensor:
-    """x, or a copy where it is a view: results of a node share no memory."""
-    return torch.clone(x, memory_format=torch.contiguous_format) if x._is_view() else x

@@ -10,7 +10,7 @@ predictions `z = k W + b` and `p = q W_i + b_i`, and steps `s_j`, gives
     L   += q^T dp + k^T dz,   l += sum(dp) + sum(dz)
 
 and dz from dG as below. `L` is kept less its mean over the outputs, to which `sum(G_j) = 0` makes
-everything blind.
+everything blind; so is dG, or what rounding leaves of its mean would grow as in the forward pass.
 """
 
 import triton
@@ -19,6 +19,7 @@ import triton.language as tl
 from lightning_modules.ops.ttt_linear.kernels.tiles import (
     SIZES,
     add_to,
+    both_sums,
     closing_factors,
     load_etas,
     load_slots,
@@ -26,6 +27,7 @@ from lightning_modules.ops.ttt_linear.kernels.tiles import (
     places,
     predictions,
     reading_coefficients,
+    slots_of,
     store_weights,
 )
 
@@ -35,6 +37,51 @@ def normalised(z, D: tl.constexpr, EPS: tl.constexpr):
     """Centred rows divided by their standard deviation, and 1 / that."""
     rstd = tl.rsqrt(tl.sum(z * z, 1) / D + EPS)
     return z * rstd[:, None], rstd
+
+
+@triton.jit
+def gradients_of_reads(
+    q, do, dp, dg, sums, weights, biases, keys, new, gain, tau, e, factor, n, i, m, t, asked, lane,
+    at, kept, state, b, h, T, P, H, EPS: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Gradients at what queries read, and of `G` inside their mini-batch; sums for gamma, beta."""
+    d = lane[None, :]
+    queries = load_tokens(q, q, t, asked, d, b, h, T, P, H, D, False)
+    c = reading_coefficients(tau, e, factor, n, i, m, True, CAUSAL)
+    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+    mixed = (c * (scores + 1.0)).to(keys.dtype)  # early: the two factors would not fit
+    p = predictions(queries, mixed, new, weights, biases, state, lane, D, PRECISION)
+    ph, over = normalised(p, D, EPS)
+    upper = load_tokens(do, do, t, asked, d, b, h, T, P, H, D, False).to(p.dtype)
+    tl.store(sums + state * 2 * D + lane, tl.sum(upper * ph, 0), mask=lane < D)
+    tl.store(sums + state * 2 * D + D + lane, tl.sum(upper, 0), mask=lane < D)
+    y = gain * upper
+    y = y - (tl.sum(y, 1) / D)[:, None] - ph * (tl.sum(ph * y, 1) / D)[:, None]
+    y = tl.where(d < D, y * over[:, None], 0.0).to(keys.dtype)
+    tl.store(dp + at, y, mask=kept)
+    mixed = tl.trans(tl.where(n[:, None] == n[None, :], mixed, 0.0))
+    tl.store(dg + at, tl.dot(mixed, y, input_precision=PRECISION).to(keys.dtype), mask=kept)
+
+
+@triton.jit
+def readings_of_keys(
+    v, held_v, zh, rstd, along, weights, biases, keys, new, gain, shift, tau, e, factor, n, i, m,
+    t, there, inside, lane, place, at, kept, state, b, h, T, P, H, EPS: tl.constexpr,
+    D: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, HAS_PENDING: tl.constexpr,
+):  # fmt: skip
+    """The normalised predictions for keys, and their statistics."""
+    d = lane[None, :]
+    c = reading_coefficients(tau, e, factor, n, i, m, False, CAUSAL)
+    scores = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
+    mixed = (c * (scores + 1.0)).to(keys.dtype)
+    z = predictions(keys, mixed, new, weights, biases, state, lane, D, PRECISION)
+    z, over = normalised(z, D, EPS)
+    values = load_tokens(v, held_v, t, there, d, b, h, T, P, H, D, HAS_PENDING)
+    error = gain * (gain * z + shift + keys.to(z.dtype) - values.to(z.dtype))
+    tl.store(zh + at, z.to(keys.dtype), mask=kept)
+    tl.store(rstd + place, over, mask=inside)
+    tl.store(along + place, tl.sum(z * error, 1) / D, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -78,67 +125,60 @@ def output_gradient_kernel(
     FLUSH: tl.constexpr,
     HAS_GRID: tl.constexpr,
     HAS_PENDING: tl.constexpr,
+    HALVES: tl.constexpr,
 ):
     """Gradients at what queries read, and of `G` inside their mini-batch; statistics of z.
 
     Per slot: `dp`, `dg`, the normalised prediction `zh` for the key, `rstd = 1 / std`, and
-    `along = mean(zh h)`; per group: `sum(do ph)` and `sum(do)`, for gamma and beta.
+    `along = mean(zh h)`; per group: `sum(do ph)` and `sum(do)`, for gamma and beta. With two halves
+    queries and keys have programs of their own: one would not keep what both need.
     """
     group, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = row // H, row % H
-    lane, slot = tl.arange(0, BD), tl.arange(0, BG)
+    lane = tl.arange(0, BD)
     d = lane[None, :]
-    n, i = group * S + slot // m, slot % m
-    inside = (slot < S * m) & (n < N)
+    n, i, inside = slots_of(group, S, m, N, BG)
     t, there = places(token, b, n, i, inside, B, T, P, m, HAS_GRID)
     e = load_etas(eta, held_eta, t, there, b, h, T, P, H, HAS_PENDING)
     factor, _ = closing_factors(tau, fill, last, n, b, B, N, T, m, CAUSAL, FLUSH, HAS_GRID)
     t, there = t[:, None], there[:, None]
     asked = there & (t >= 0)
     keys = load_tokens(k, held_k, t, there, d, b, h, T, P, H, D, HAS_PENDING)
-    queries = load_tokens(q, q, t, asked, d, b, h, T, P, H, D, False)
     place = row * N * m + n * m + i
     at, kept = place[:, None] * D + d, inside[:, None] & (d < D)
     new = load_slots(g, place[:, None], d, inside[:, None], D)
     gain = tl.load(gamma + h * D + d, mask=d < D, other=0.0)
     shift = tl.load(beta + h * D + d, mask=d < D, other=0.0)
     state = row * tl.cdiv(N, S) + group
-    # what the queries read, and its gradient
-    c = reading_coefficients(tau, e, factor, n, i, m, True, CAUSAL)
-    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-    p = predictions(queries, scores, c, new, weights, biases, state, lane, D, PRECISION)
-    ph, over = normalised(p, D, EPS)
-    upper = load_tokens(do, do, t, asked, d, b, h, T, P, H, D, False).to(p.dtype)
-    tl.store(sums + state * 2 * D + lane, tl.sum(upper * ph, 0), mask=lane < D)
-    tl.store(sums + state * 2 * D + D + lane, tl.sum(upper, 0), mask=lane < D)
-    y = gain * upper
-    y = y - (tl.sum(y, 1) / D)[:, None] - ph * (tl.sum(ph * y, 1) / D)[:, None]
-    y = tl.where(d < D, y * over[:, None], 0.0).to(keys.dtype)
-    tl.store(dp + at, y, mask=kept)
-    mixed = tl.where(n[:, None] == n[None, :], c * (scores + 1.0), 0.0).to(keys.dtype)
-    tl.store(
-        dg + at, tl.dot(tl.trans(mixed), y, input_precision=PRECISION).to(keys.dtype), mask=kept
-    )
-    # what the keys read
-    c = reading_coefficients(tau, e, factor, n, i, m, False, CAUSAL)
-    scores = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
-    z = predictions(keys, scores, c, new, weights, biases, state, lane, D, PRECISION)
-    z, over = normalised(z, D, EPS)
-    values = load_tokens(v, held_v, t, there, d, b, h, T, P, H, D, HAS_PENDING)
-    error = gain * (gain * z + shift + keys.to(z.dtype) - values.to(z.dtype))
-    tl.store(zh + at, z.to(keys.dtype), mask=kept)
-    tl.store(rstd + place, over, mask=inside)
-    tl.store(along + place, tl.sum(z * error, 1) / D, mask=inside)
+    if HALVES == 1 or tl.program_id(2) == 0:
+        gradients_of_reads(
+            q, do, dp, dg, sums, weights, biases, keys, new, gain, tau, e, factor, n, i, m, t,
+            asked, lane, at, kept, state, b, h, T, P, H, EPS, D, PRECISION, CAUSAL,
+        )  # fmt: skip
+    if HALVES == 1 or tl.program_id(2) == 1:
+        readings_of_keys(
+            v, held_v, zh, rstd, along, weights, biases, keys, new, gain, shift, tau, e, factor,
+            n, i, m, t, there, inside, lane, place, at, kept, state, b, h, T, P, H, EPS, D,
+            PRECISION, CAUSAL, HAS_PENDING,
+        )  # fmt: skip
 
 
 @triton.jit
 def key_gradients(dg, zh, g, gain, r, a, D: tl.constexpr):
     """`dh` and `dz` from `dG` (all `[D, slots]`): the equations of `weight_gradient_kernel`."""
-    x = (tl.sum(zh * dg, 0) / D)[None, :]
+    total, x = both_sums(dg, zh * dg)
+    dg, x = dg - (total / D)[None, :], (x / D)[None, :]
     dh = r * (dg - zh * x)
     y = gain * gain * dh
-    mean, along = tl.sum(y, 0) / D, tl.sum(zh * y + dg * g, 0) / D
-    return dh, r * (y - mean[None, :] - zh * along[None, :] - a * dh - x * g)
+    total, along = both_sums(y, zh * y + dg * g)
+    return dh, r * (y - (total / D)[None, :] - zh * (along / D)[None, :] - a * dh - x * g)
+
+
+@triton.jit
+def add_initial(dw, db, row, place, real, weight, bias, d, D: tl.constexpr):
+    """Add the gradients of the weights with which the documents of a row begin."""
+    add_to(dw + place, weight, real)
+    add_to(db + row * D + d, bias, d < D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -180,6 +220,7 @@ def weight_gradient_kernel(
     D: tl.constexpr,
     BD: tl.constexpr,
     BT: tl.constexpr,
+    PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     CAUSAL: tl.constexpr,
     FLUSH: tl.constexpr,
@@ -197,9 +238,8 @@ def weight_gradient_kernel(
 
     At a mini-batch that starts a document `L` goes to the initial weights and starts from 0.
     """
-    row = tl.program_id(0).to(tl.int64)
+    row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
     b, h = row // H, row % H
-    d, i = tl.arange(0, BD), tl.arange(0, BT)
     real = (d[:, None] < D) & (d[None, :] < D)
     gain = tl.load(gamma + h * D + d, mask=d < D, other=0.0)[:, None]
     upward = row * D * D + d[None, :] * D + d[:, None]
@@ -213,37 +253,38 @@ def weight_gradient_kernel(
         if (n % S == S - 1) | (back == 0):
             group = row * tl.cdiv(N, S) + n // S
             store_weights(dweights, dbiases, group, upper, upper_bias, d, D)
-        t, there = places(token, b, n, i, i < m, B, T, P, m, HAS_GRID)
-        e = load_etas(eta, held_eta, t, there, b, h, T, P, H, HAS_PENDING)
-        factor, _ = closing_factors(tau, fill, last, n, b, B, N, T, m, CAUSAL, FLUSH, HAS_GRID)
-        across, here = t[None, :], there[None, :]
-        keys = load_tokens(k, held_k, across, here, d[:, None], b, h, T, P, H, D, HAS_PENDING)
-        asked = (there & (t >= 0))[:, None]
-        queries = load_tokens(q, q, t[:, None], asked, d[None, :], b, h, T, P, H, D, False)
-        slot, inside = row * N * m + n * m + i, i < m
-        at, kept = slot[None, :] * D + d[:, None], inside[None, :] & (d[:, None] < D)
-        asking = tl.load(dp + at, mask=kept, other=0.0)
-        own = tl.load(dg + at, mask=kept, other=0.0).to(gain.dtype)
-        z = tl.load(zh + at, mask=kept, other=0.0).to(gain.dtype)
-        new = tl.load(g + at, mask=kept, other=0.0).to(gain.dtype)
-        r = tl.load(rstd + slot, mask=inside, other=0.0)[None, :]
-        a = tl.load(along + slot, mask=inside, other=0.0)[None, :]
-        wrote = tl.dot(upper.to(keys.dtype), keys, input_precision=PRECISION)
-        own += (wrote + upper_bias[:, None]) * (-factor * e)[None, :]
-        below, read = key_gradients(own, z, new, gain, r, a, D)
-        read = tl.where(kept, read, 0.0)
-        tl.store(dh + at, below.to(keys.dtype), mask=kept)
-        tl.store(dz + at, read.to(keys.dtype), mask=kept)
-        upper += tl.dot(asking, queries, input_precision=PRECISION)
-        upper += tl.dot(read.to(keys.dtype), tl.trans(keys), input_precision=PRECISION)
-        upper_bias += tl.sum(asking.to(gain.dtype) + read, 1)
+        old, old_bias = upper.to(k.dtype.element_ty), upper_bias
+        for part in range(0, PARTS):
+            i = part * BT + tl.arange(0, BT)
+            t, there = places(token, b, n, i, i < m, B, T, P, m, HAS_GRID)
+            e = load_etas(eta, held_eta, t, there, b, h, T, P, H, HAS_PENDING)
+            factor, _ = closing_factors(tau, fill, last, n, b, B, N, T, m, CAUSAL, FLUSH, HAS_GRID)
+            across, here = t[None, :], there[None, :]
+            keys = load_tokens(k, held_k, across, here, d[:, None], b, h, T, P, H, D, HAS_PENDING)
+            asked = (there & (t >= 0))[:, None]
+            queries = load_tokens(q, q, t[:, None], asked, d[None, :], b, h, T, P, H, D, False)
+            slot, inside = row * N * m + n * m + i, i < m
+            at, kept = slot[None, :] * D + d[:, None], inside[None, :] & (d[:, None] < D)
+            asking = tl.load(dp + at, mask=kept, other=0.0)
+            own = tl.load(dg + at, mask=kept, other=0.0).to(gain.dtype)
+            z = tl.load(zh + at, mask=kept, other=0.0).to(gain.dtype)
+            new = tl.load(g + at, mask=kept, other=0.0).to(gain.dtype)
+            r = tl.load(rstd + slot, mask=inside, other=0.0)[None, :]
+            a = tl.load(along + slot, mask=inside, other=0.0)[None, :]
+            wrote = tl.dot(old, keys, input_precision=PRECISION)
+            own += (wrote + old_bias[:, None]) * (-factor * e)[None, :]
+            below, read = key_gradients(own, z, new, gain, r, a, D)
+            read = tl.where(kept, read, 0.0)
+            tl.store(dh + at, below.to(keys.dtype), mask=kept)
+            tl.store(dz + at, read.to(keys.dtype), mask=kept)
+            upper += tl.dot(asking, queries, input_precision=PRECISION)
+            upper += tl.dot(read.to(keys.dtype), tl.trans(keys), input_precision=PRECISION)
+            upper_bias += tl.sum(asking.to(gain.dtype) + read, 1)
         if HAS_DOCUMENTS:  # noqa: SIM102  (known when the kernel is compiled)
             if tl.load(restart + n * B + b) != 0:
-                add_to(dw_rows + upward, upper, real)
-                add_to(db_rows + row * D + d, upper_bias, d < D)
+                add_initial(dw_rows, db_rows, row, upward, real, upper, upper_bias, d, D)
                 upper, upper_bias = upper * 0.0, upper_bias * 0.0
     tl.store(dw + upward, upper, mask=real)
     tl.store(db + row * D + d, upper_bias, mask=d < D)
     if HAS_DOCUMENTS:
-        add_to(dw_rows + upward, upper, real)
-        add_to(db_rows + row * D + d, upper_bias, d < D)
+        add_initial(dw_rows, db_rows, row, upward, real, upper, upper_bias, d, D)

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from lightning_modules.ops.ttt_linear.kernels.tiles import (
     SIZES,
+    both_sums,
     closing_factors,
     load_etas,
     load_slots,
@@ -12,6 +13,7 @@ from lightning_modules.ops.ttt_linear.kernels.tiles import (
     places,
     predictions,
     reading_coefficients,
+    slots_of,
     store_weights,
 )
 
@@ -70,6 +72,7 @@ def write_kernel(
     D: tl.constexpr,
     BD: tl.constexpr,
     BT: tl.constexpr,
+    PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     CAUSAL: tl.constexpr,
     FLUSH: tl.constexpr,
@@ -81,13 +84,12 @@ def write_kernel(
 ):
     """Walk through the mini-batches of a row and head: `G`, the weights of each group, the state.
 
-    With `zh = z / std` of `z = k W + b` and `h = gamma^2 zh + gamma (beta + k - v)`, the gradient
-    is `G = (h - mean(h) - zh mean(zh h)) / std`.
+    With `zh = (z - mean(z)) / std` of `z = k W + b` and `h = gamma^2 zh + gamma (beta + k - v)`,
+    the gradient is `G = (h - mean(h) - zh mean(zh h)) / std`.
     """
-    row = tl.program_id(0).to(tl.int64)
+    row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
     b, h = row // H, row % H
     first = row if PER_ROW else h
-    d, i = tl.arange(0, BD), tl.arange(0, BT)
     gain = tl.load(gamma + h * D + d, mask=d < D, other=0.0)[:, None]
     offset = tl.load(beta + h * D + d, mask=d < D, other=0.0)[:, None]
     square = gain * gain
@@ -99,25 +101,30 @@ def write_kernel(
         if n % S == 0:
             group = row * tl.cdiv(N, S) + n // S
             store_weights(weights, biases, group, weight, bias, d, D)
-        t, there = places(token, b, n, i, i < m, B, T, P, m, HAS_GRID)
-        e = load_etas(eta, held_eta, t, there, b, h, T, P, H, HAS_PENDING)
-        factor, _ = closing_factors(tau, fill, last, n, b, B, N, T, m, CAUSAL, FLUSH, HAS_GRID)
-        t, there = t[None, :], there[None, :]
-        keys = load_tokens(k, held_k, t, there, d[:, None], b, h, T, P, H, D, HAS_PENDING)
-        values = load_tokens(v, held_v, t, there, d[:, None], b, h, T, P, H, D, HAS_PENDING)
-        miss = offset + (keys.to(weight.dtype) - values.to(weight.dtype))
-        z = tl.dot(weight.to(keys.dtype), keys, input_precision=PRECISION) + bias[:, None]
-        rstd = tl.rsqrt(tl.sum(z * z, 0) / D + EPS)[None, :]
-        zh = z * rstd
-        error = square * zh + gain * miss
-        mean, along = tl.sum(error, 0) / D, tl.sum(zh * error, 0) / D
-        new = rstd * (error - mean[None, :] - zh * along[None, :])
-        new = tl.where(there & (d[:, None] < D), new, 0.0)
-        slot = (row * N * m + n * m + i)[None, :] * D + d[:, None]
-        tl.store(g + slot, new.to(keys.dtype), mask=(i[None, :] < m) & (d[:, None] < D))
-        change = new * (-factor * e)[None, :]
-        weight += tl.dot(change.to(keys.dtype), tl.trans(keys), input_precision=PRECISION)
-        bias += tl.sum(change, 1)
+        old, old_bias = weight.to(k.dtype.element_ty), bias
+        for part in range(0, PARTS):
+            i = part * BT + tl.arange(0, BT)
+            t, there = places(token, b, n, i, i < m, B, T, P, m, HAS_GRID)
+            e = load_etas(eta, held_eta, t, there, b, h, T, P, H, HAS_PENDING)
+            factor, _ = closing_factors(tau, fill, last, n, b, B, N, T, m, CAUSAL, FLUSH, HAS_GRID)
+            t, there = t[None, :], there[None, :]
+            keys = load_tokens(k, held_k, t, there, d[:, None], b, h, T, P, H, D, HAS_PENDING)
+            values = load_tokens(v, held_v, t, there, d[:, None], b, h, T, P, H, D, HAS_PENDING)
+            miss = offset + (keys.to(weight.dtype) - values.to(weight.dtype))
+            z = tl.dot(old, keys, input_precision=PRECISION) + old_bias[:, None]
+            total, squares = both_sums(z, z * z)
+            mean = total / D  # of rounding errors: see `tiles.py`
+            rstd = tl.rsqrt(tl.maximum(squares / D - mean * mean, 0.0) + EPS)[None, :]
+            zh = (z - mean[None, :]) * rstd
+            error = square * zh + gain * miss
+            total, along = both_sums(error, zh * error)
+            new = rstd * (error - (total / D)[None, :] - zh * (along / D)[None, :])
+            new = tl.where(there & (d[:, None] < D), new, 0.0)
+            slot = (row * N * m + n * m + i)[None, :] * D + d[:, None]
+            tl.store(g + slot, new.to(keys.dtype), mask=(i[None, :] < m) & (d[:, None] < D))
+            change = new * (-factor * e)[None, :]
+            weight += tl.dot(change.to(keys.dtype), tl.trans(keys), input_precision=PRECISION)
+            bias += tl.sum(change, 1)
     keep = 1
     if HAS_DOCUMENTS:
         keep = tl.load(kept + b)
@@ -169,9 +176,8 @@ def read_kernel(
     """Outputs `q + LN(z)` of the tokens of a group, z what their queries read."""
     group, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = row // H, row % H
-    d, slot = tl.arange(0, BD)[None, :], tl.arange(0, BG)
-    n, i = group * S + slot // m, slot % m
-    inside = (slot < S * m) & (n < N)
+    d = tl.arange(0, BD)[None, :]
+    n, i, inside = slots_of(group, S, m, N, BG)
     t, there = places(token, b, n, i, inside, B, T, P, m, HAS_GRID)
     e = load_etas(eta, held_eta, t, there, b, h, T, P, H, HAS_PENDING)
     factor, _ = closing_factors(tau, fill, last, n, b, B, N, T, m, CAUSAL, FLUSH, HAS_GRID)
@@ -182,9 +188,10 @@ def read_kernel(
     new = load_slots(g, (row * N * m + n * m + i)[:, None], d, inside[:, None], D)
     c = reading_coefficients(tau, e, factor, n, i, m, True, CAUSAL)
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+    mixed = (c * (scores + 1.0)).to(keys.dtype)
     at = row * tl.cdiv(N, S) + group
     lane = tl.arange(0, BD)
-    z = predictions(queries, scores, c, new, weights, biases, at, lane, D, PRECISION)
+    z = predictions(queries, mixed, new, weights, biases, at, lane, D, PRECISION)
     zh = z * tl.rsqrt(tl.sum(z * z, 1) / D + EPS)[:, None]
     gain = tl.load(gamma + h * D + d, mask=d < D, other=0.0)
     shift = tl.load(beta + h * D + d, mask=d < D, other=0.0)

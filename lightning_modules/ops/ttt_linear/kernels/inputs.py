@@ -12,6 +12,7 @@ from lightning_modules.ops.ttt_linear.kernels.tiles import (
     load_tokens,
     places,
     reading_coefficients,
+    slots_of,
 )
 
 
@@ -101,10 +102,9 @@ def input_gradient_kernel(
     """
     group, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = row // H, row % H
-    lane, slot = tl.arange(0, BD), tl.arange(0, BG)
+    lane = tl.arange(0, BD)
     d = lane[None, :]
-    n, i = group * S + slot // m, slot % m
-    inside = (slot < S * m) & (n < N)
+    n, i, inside = slots_of(group, S, m, N, BG)
     t, there = places(token, b, n, i, inside, B, T, P, m, HAS_GRID)
     e = load_etas(eta, held_eta, t, there, b, h, T, P, H, HAS_PENDING)
     factor, closes = closing_factors(tau, fill, last, n, b, B, N, T, m, CAUSAL, FLUSH, HAS_GRID)
@@ -120,7 +120,8 @@ def input_gradient_kernel(
     u = tl.dot(asking, tl.trans(new), input_precision=PRECISION)
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) + 1.0
     c = reading_coefficients(tau, e, factor, n, i, m, True, CAUSAL)
-    dc, u = u * scores, (u * c).to(keys.dtype)
+    dstep, de, own = coefficient_gradients(tau, e, u * scores, n, i, CAUSAL)
+    u = (u * c).to(keys.dtype)
     out = tl.dot(asking, weight, input_precision=PRECISION)
     out += tl.dot(u, keys, input_precision=PRECISION)
     out += load_tokens(do, do, tokens, asked, d, b, h, T, P, H, D, False).to(out.dtype)
@@ -129,7 +130,7 @@ def input_gradient_kernel(
     read = load_slots(dz, at, d, within, D)
     x = tl.dot(read, tl.trans(new), input_precision=PRECISION)
     scores = tl.dot(keys, tl.trans(keys), input_precision=PRECISION) + 1.0
-    dstep = tl.sum(tl.where(n[:, None] > n[None, :], dc + x * scores, 0.0), 0)
+    dstep += tl.sum(tl.where(n[:, None] > n[None, :], x * scores, 0.0), 0)
     x = (x * reading_coefficients(tau, e, factor, n, i, m, False, CAUSAL)).to(keys.dtype)
     out += tl.dot(read, weight, input_precision=PRECISION)
     out += tl.dot(x, keys, input_precision=PRECISION)
@@ -142,12 +143,12 @@ def input_gradient_kernel(
     below_k = below * tl.load(gamma + h * D + d, mask=d < D, other=0.0)
     values = load_tokens(v, held_v, tokens, here, d, b, h, T, P, H, D, HAS_PENDING)
     store_tokens(dv, dheld_v, -below_k, tokens, here, d, b, h, T, P, H, D, HAS_PENDING)
-    out += below_k
-    store_tokens(dk, dheld_k, out, tokens, here, d, b, h, T, P, H, D, HAS_PENDING)
+    store_tokens(dk, dheld_k, out + below_k, tokens, here, d, b, h, T, P, H, D, HAS_PENDING)
     norm_gradients(zh, keys, values, below, gamma, beta, sums, at, state, within, lane, h, D)
-    de, own = step_gradients(tau, e, factor, closes, dstep, dc, n, i, CAUSAL)
+    de -= factor * dstep
     store_etas(deta, dheld_eta, de, t, there, b, h, T, P, H, HAS_PENDING)
     if CAUSAL:
+        own += closing_gradients(e, closes, dstep, n, i)
         tl.store(dtau + at, own[:, None], mask=within)
 
 
@@ -167,21 +168,25 @@ def norm_gradients(
 
 
 @triton.jit
-def step_gradients(tau, e, factor, closes, dstep, dc, n, i, CAUSAL: tl.constexpr):
-    """Gradients of eta and (causal) of tau, per slot.
+def coefficient_gradients(tau, e, dc, n, i, CAUSAL: tl.constexpr):
+    """Per slot, from the gradient dc of `c_ij`: of the step of `G_j` in later mini-batches, and, by
 
-    `dstep_j` is the gradient of the weight of `G_j` in the next state, dc that of the coefficients;
-    the tau of the token that closes a mini-batch is also in the former.
+    way of its own mini-batch, of eta and (causal) of tau.
     """
-    same = n[:, None] == n[None, :]
+    later = tl.sum(tl.where(n[:, None] > n[None, :], dc, 0.0), 0)
+    seen = n[:, None] == n[None, :]
     if CAUSAL:
-        seen = same & (i[:, None] >= i[None, :])
-        rows = tl.load(tau + i)
-        de = -factor * dstep - tl.sum(tl.where(seen, dc * rows[:, None], 0.0), 0)
-        own = tl.sum(tl.where(seen, dc * e[None, :], 0.0), 1)
-        total = tl.sum(tl.where(same, (e * dstep)[None, :], 0.0), 1)
-        own = -own - tl.where(i + 1 == closes, total, 0.0)
+        seen = seen & (i[:, None] >= i[None, :])
+        own = -tl.sum(tl.where(seen, dc * e[None, :], 0.0), 1)
+        dc = dc * tl.load(tau + i)[:, None]
     else:
-        de = -factor * dstep - tl.sum(tl.where(same, dc, 0.0), 0)
-        own = dstep
-    return de, own
+        own = later
+    return later, -tl.sum(tl.where(seen, dc, 0.0), 0), own
+
+
+@triton.jit
+def closing_gradients(e, closes, dstep, n, i):
+    """Gradient per slot of the tau of the token that closes a mini-batch: of all its steps."""
+    same = n[:, None] == n[None, :]
+    total = tl.sum(tl.where(same, (e * dstep)[None, :], 0.0), 1)
+    return tl.where(i + 1 == closes, -total, 0.0)
