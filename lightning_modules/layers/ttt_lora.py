@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.ops import TTTLoRAState, ttt_lora_cell
+from lightning_modules.ops.ttt_lora import Linears
 
 FAST = frozenset({"w_base", "b_base"})
 """Names of the learned initial fast weights."""
@@ -225,7 +226,8 @@ def read_and_learn(
     adapt: bool = True,
     shared: dict[Any, Any] | None = None,
     packed: Packed | None = None,
-) -> tuple[Tensor, TTTLoRAState]:
+    linears: Linears | None = None,
+) -> tuple[Any, TTTLoRAState]:
     """Read tokens with the fast weights of G cells, and let the tokens write into them.
 
     Args:
@@ -237,10 +239,11 @@ def read_and_learn(
         adapt: False reads without writing.
         shared: as in `ops.ttt_lora_cell`.
         packed: as in `project`.
+        linears: the linear layers, if they are to be computed, too.
 
     Returns:
-        For `TTTLoRACell.output`, `[B, T, G, d]` (perhaps with zeros behind d), and the state after
-        the last token.
+        For `TTTLoRACell.output`, `[B, T, G, d]` (perhaps with zeros behind d), or the outputs of
+        `linears`, and the state after the last token.
     """
     options, norms = cells[0].options, [cell.norm for cell in cells if cell.norm is not None]
     base, norm = (packed.base, packed.norm) if packed is not None else _stacked(cells)
@@ -259,6 +262,7 @@ def read_and_learn(
         state=state,
         adapt=adapt,
         shared=shared,
+        linears=linears,
     )
 
 

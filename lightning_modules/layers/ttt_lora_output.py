@@ -1,4 +1,4 @@
-"""What TTT-as-LoRA adds to a linear layer, into the layer's own output where nobody else has it."""
+"""What TTT-as-LoRA adds to a linear layer, and what that layer leaves to it."""
 
 from __future__ import annotations
 
@@ -32,6 +32,24 @@ def may_overwrite(layer: nn.Module, y: Tensor) -> bool:
     alone = type(layer) is nn.Linear and not hooks and y.is_contiguous() and not y._is_view()
     leaf = y.is_leaf and y.requires_grad
     return alone and not leaf and not torch._C._len_torch_dispatch_stack()
+
+
+def is_plain(layer: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a call of a layer is the product with a frozen weight of this dtype, nothing else.
+
+    Hooks, wrappers (which take the place of `forward`) and dispatch modes would miss the call.
+    """
+    if type(layer) is not nn.Linear or "forward" in layer.__dict__:
+        return False
+    own = (layer._forward_pre_hooks, layer._forward_hooks)
+    own += (layer._backward_pre_hooks, layer._backward_hooks)
+    everywhere = (modules._global_forward_pre_hooks, modules._global_forward_hooks)
+    everywhere += (modules._global_backward_pre_hooks, modules._global_backward_hooks)
+    if any(own) or any(everywhere) or torch._C._len_torch_dispatch_stack():
+        return False
+    parameters = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+    frozen = (type(p) is nn.Parameter and not p.requires_grad for p in parameters)
+    return all(frozen) and all(p.dtype == dtype for p in parameters)
 
 
 class _AddProduct(torch.autograd.Function):

@@ -53,5 +53,7 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """The float32 product of bfloat16 matrices; only CUDA has it as one operation."""
     if not a.is_cuda:
         return a.float() @ b.float()
+    if a.dim() == 3:
+        return torch.bmm(a, b, out_dtype=torch.float32)
     out = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
     return out.unflatten(0, a.shape[:-2])

@@ -5,6 +5,10 @@ Packing is for a GPU; here it is switched on on a CPU, with the torch backend be
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
+import weakref
 from functools import partial
 from typing import Any
 
@@ -26,7 +30,7 @@ from ttt_lora_tuner_cases import (
 from lightning_modules.adapters.ttt_lora import layer
 from lightning_modules.layers import ttt_lora as cell_layer
 from lightning_modules.layers.ttt_lora import TTTLoRACell, TTTLoRAOptions
-from lightning_modules.layers.ttt_lora_output import may_overwrite
+from lightning_modules.layers.ttt_lora_output import is_plain, may_overwrite
 from lightning_modules.layers.ttt_lora_packed import Packing
 
 SUMS = {"rtol": 1e-12, "atol": 1e-13}
@@ -185,6 +189,106 @@ def test_overwritten_or_not_it_is_the_same_product() -> None:
         found = layer.add_product(y * 1, read, weight, 0.5, overwrite)
         torch.testing.assert_close(found, expected, **SUMS)
         torch.testing.assert_close(torch.autograd.grad(found.sin().sum(), leaves), grads, **SUMS)
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """The model, whose linear layers with adapters get no gradients."""
+    for found in adapter_layers(model).values():
+        found.get_base_layer().requires_grad_(False)
+    return model
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many linear layers were computed with their adapters, for every group."""
+    counts: list[int] = []
+    read = layer.read_and_learn
+
+    def counted(*given: Any, **named: Any) -> Any:
+        counts.append(0 if named["linears"] is None else len(named["linears"].weights))
+        return read(*given, **named)
+
+    monkeypatch.setattr(layer, "read_and_learn", counted)
+    return counts
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # without and with biases
+def test_frozen_layers_computed_with_their_adapters_are_one_by_one(
+    packing: list[int], computed: list[int], architecture: str
+) -> None:
+    model = frozen(adapted("A_plain", architecture))
+    expected = unpacked(model)
+    assert not any(computed)
+    assert_equal_runs(train(model), expected)
+    assert computed[-4:] == [3, 1, 2, 1]
+
+
+def test_layers_that_something_else_has_a_part_in_are_computed_by_themselves(
+    packing: list[int], computed: list[int]
+) -> None:
+    where = {"layers_to_transform": [1]}
+    model = frozen(peft_model(dtype=torch.float64, **where))
+    model.add_adapter("second", config_of(inner_dim=2, target_modules=["v_proj"], **where))
+    model.base_model.set_adapter(["default", "second"])
+    layers = adapter_layers(model)
+    up = next(m for path, m in layers.items() if path.endswith("up_proj"))
+    up.base_layer.register_forward_hook(lambda module, args, y: None)
+    shake(model).get_input_embeddings().requires_grad_(True)
+    actual = train(model, 1)
+    assert computed == [0, 0, 1, 0, 1]  # q, k, v; the second's v; o; gate, up; down
+    assert_equal_runs(actual, unpacked(model, chunks=1))
+
+
+def test_copied_layers_are_computed_and_dropped_models_are_gone_at_once(
+    packing: list[int], computed: list[int]
+) -> None:
+    model = frozen(adapted("A_plain"))
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        shake(copied, seed=7)
+        group = next(iter(adapter_layers(copied).values())).ttt_lora_places["default"][0]
+        own = {id(found) for found in adapter_layers(copied).values()}
+        assert {id(found) for found in group.layers.alive()} <= own
+        computed.clear()
+        assert_equal_runs(train(copied), unpacked(copied))
+        assert computed[:4] == [3, 1, 2, 1]
+    there = weakref.ref(next(iter(adapter_layers(model).values())))
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert there() is None
+    finally:
+        gc.enable()
+
+
+def test_only_a_frozen_linear_layer_without_hooks_is_plain() -> None:
+    plain, dtype = nn.Linear(4, 5), torch.float32
+    assert not is_plain(plain, dtype)
+    plain.requires_grad_(False)
+    assert is_plain(plain, dtype) and not is_plain(plain, torch.bfloat16)
+    assert not is_plain(nn.Sequential(plain), dtype)
+    hooked = [nn.Linear(4, 5).requires_grad_(False) for _ in range(3)]
+    hooked[0].register_forward_pre_hook(lambda module, args: None)
+    hooked[1].register_full_backward_hook(lambda module, before, after: None)
+    hooked[2].forward = lambda x: x
+    assert not any(is_plain(module, dtype) for module in hooked)
+
+
+@pytest.mark.slow  # 20 seconds: Triton's interpreter
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
+def test_frozen_layers_computed_with_the_kernels_are_one_by_one_on_the_torch_backend(
+    packing: list[int], computed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton_interpreter")
+    options = {"layers_to_transform": [1], "scaling": 0.5}
+    model = frozen(peft_model("qwen2", dtype=torch.float64, **options).requires_grad_(True))
+    expected = unpacked(model)
+    kernels = partial(cell_layer.ttt_lora_cell, backend="triton")
+    monkeypatch.setattr(cell_layer, "ttt_lora_cell", kernels)
+    actual = train(model)
+    assert computed[-4:] == [3, 1, 2, 1]
+    # float64: the kernels take sums in another order
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.slow  # 20 seconds: Triton's interpreter

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +18,18 @@ from lightning_modules.layers.ttt_lora import (
     project,
     read_and_learn,
 )
-from lightning_modules.layers.ttt_lora_output import add_product, may_overwrite
+from lightning_modules.layers.ttt_lora_output import add_product, is_plain, may_overwrite
 from lightning_modules.layers.ttt_lora_packed import Packing
 from lightning_modules.layers.ttt_lora_statistics import publish_statistics
 from lightning_modules.ops import TTTLoRAState
-from lightning_modules.ops.ttt_lora import takes_kernels
+from lightning_modules.ops.ttt_eager import autocast_device
+from lightning_modules.ops.ttt_lora import Linears, takes_kernels
 
 Read = tuple[Tensor, Tensor | None]
 """What a cell reads, `[B, T, d]`, and its packed `theta_out`, if it is packed."""
+
+Found = Read | Tensor
+"""What a cell reads, or all that its linear layer puts out with it, `[B, T, out]`."""
 
 
 class GroupCall(NamedTuple):
@@ -35,11 +41,34 @@ class GroupCall(NamedTuple):
     """
 
     x: Tensor | None
-    left: dict[int, Read]
+    left: dict[int, Found]
+
+
+class Layers:
+    """Layers of a group, which they keep alive, not it them: no model waits to be collected.
+
+    Args:
+        layers: in the order of the cells.
+    """
+
+    def __init__(self, layers: Sequence[TTTLoraLinear] = ()) -> None:
+        self.references = [weakref.ref(layer) for layer in layers]
+
+    def alive(self) -> list[TTTLoraLinear]:
+        """All of them; none if one is gone."""
+        layers = [reference() for reference in self.references]
+        return [] if None in layers else [layer for layer in layers if layer is not None]
+
+    def __reduce__(self) -> tuple[type[Layers], tuple[list[TTTLoraLinear]]]:
+        """Copied and pickled models have their own."""
+        return Layers, (self.alive(),)
 
 
 class SiblingGroup:
     """Cells of one size whose linear layers get the same input: the first call computes for all.
+
+    Where nothing but this adapter has a part in what the linear layers put out, these are computed
+    in the same call.
 
     Args:
         slot: name of the group in `FastState`.
@@ -49,15 +78,17 @@ class SiblingGroup:
     Attributes:
         packing: of the weights of all groups of the adapter in the decoder layer.
         index: of this group there.
+        layers: that have the cells; none: the linear layers are computed elsewhere.
     """
 
     def __init__(self, slot: str, cells: list[TTTLoRACell], context: DeepContext | None) -> None:
         self.slot, self.cells, self.context = slot, cells, context
         self.adapter_name = slot.rpartition(".")[2]
         self.packing, self.index = Packing([cells]), 0
+        self.layers = Layers()
 
-    def read(self, number: int, x: Tensor) -> Read:
-        """What the cell with this number reads.
+    def read(self, number: int, x: Tensor) -> Found:
+        """What the cell with this number reads, or what its linear layer puts out with it.
 
         Args:
             number: of the cell.
@@ -85,12 +116,12 @@ class SiblingGroup:
         context.computed[self.slot] = call if call.left else GroupCall(None, {})
         return read
 
-    def _compute(self, x: Tensor, context: DeepContext) -> list[Read]:
-        """What each cell reads, and the state and the statistics that the tokens leave."""
+    def _compute(self, x: Tensor, context: DeepContext) -> Sequence[Found]:
+        """What `read` returns of each cell; leaves the state and the statistics of the tokens."""
         handle = context.state_for(self.slot)
         before = None if handle is None else handle.read(self.slot, TTTLoRAState)
         packed = self._packed(x, context)
-        inputs = project(self.cells, x, packed)
+        inputs, linears = project(self.cells, x, packed), self._linears(x, packed)
         read, after = read_and_learn(
             self.cells,
             inputs,
@@ -100,19 +131,37 @@ class SiblingGroup:
             adapt=handle is None or handle.adapt,
             shared=context.computed.setdefault(f"shared/{self.adapter_name}", {}),
             packed=packed,
+            linears=linears,
         )
         if handle is not None:
             handle.write(self.slot, after)
             where = (context.mask, context.document_ids)
             publish_statistics(self.cells, handle, self.slot, inputs, *where, (before, after))
+        if linears is not None:
+            outputs: tuple[Tensor, ...] = read
+            return outputs
         # The gradient of unbind is a copy, that of a view is none.
         reads = read.unbind(2) if len(self.cells) > 1 else (read.flatten(2),)
-        outputs = [None] * len(reads) if packed is None else packed.outputs
-        return list(zip(reads, outputs, strict=True))
+        thetas = [None] * len(reads) if packed is None else packed.outputs
+        return list(zip(reads, thetas, strict=True))
+
+    def _linears(self, x: Tensor, packed: Packed | None) -> Linears | None:
+        """The linear layers, if they may be computed here."""
+        layers = self.layers.alive() if packed is not None else []
+        if packed is None or not layers or packed.weights.dtype != x.dtype:
+            return None
+        bases = [layer.base_layer for layer in layers if layer.names == [self.adapter_name]]
+        if len(bases) < len(layers):
+            return None
+        if not all(is_plain(base, x.dtype) for base in bases):
+            return None
+        weights, biases = [base.weight for base in bases], [base.bias for base in bases]
+        scaling = self.cells[0].options.scaling
+        return Linears(x, packed.weights, weights, biases, packed.outputs, scaling)
 
     def _packed(self, x: Tensor, context: DeepContext) -> Packed | None:
         """The weights, packed by the first group of the layer; None: without kernels."""
-        cell, device = self.cells[0], x.device.type
+        cell, device = self.cells[0], autocast_device(x.device)
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
         if not takes_kernels(x, dtype, cell.inner_dim, cell.options.mini_batch_size):
@@ -178,20 +227,28 @@ class TTTLoraLinear(nn.Module, TTTLoraLayer, InDeepContext):
         Raises:
             ValueError: x is not a batch of rows of tokens.
         """
-        y = self.base_layer(x, *args, **kwargs)
+        names, y = self.names, None
+        if names and x.dim() != 3:
+            raise ValueError(
+                f"the input must be [B, T, in], but has shape {list(x.shape)}: tokens without rows "
+                "(as MoE experts get them) have no order to learn in; leave such layers out of "
+                "target_modules"
+            )
+        for name in names:
+            group, number = self.ttt_lora_places[name]
+            found = group.read(number, x)
+            if isinstance(found, Tensor):
+                return found
+            y = self.base_layer(x, *args, **kwargs) if y is None else y
+            y = self._add(self.ttt_lora_cells[name], y, *found)
+        return self.base_layer(x, *args, **kwargs) if y is None else y
+
+    @property
+    def names(self) -> list[str]:
+        """Adapters that have a part in the output."""
         if self.disable_adapters:
-            return y
-        for name in self.active_adapters:
-            if name in self.ttt_lora_cells:
-                if x.dim() != 3:
-                    raise ValueError(
-                        f"the input must be [B, T, in], but has shape {list(x.shape)}: tokens "
-                        "without rows (as MoE experts get them) have no order to learn in; leave "
-                        "such layers out of target_modules"
-                    )
-                group, number = self.ttt_lora_places[name]
-                y = self._add(self.ttt_lora_cells[name], y, *group.read(number, x))
-        return y
+            return []
+        return [name for name in self.active_adapters if name in self.ttt_lora_cells]
 
     def _add(self, cell: TTTLoRACell, y: Tensor, read: Tensor, weight: Tensor | None) -> Tensor:
         """y with what an adapter adds."""

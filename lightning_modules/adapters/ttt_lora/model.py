@@ -20,6 +20,7 @@ from lightning_modules.adapters.deep_context import connect, disconnect
 from lightning_modules.adapters.ttt_lora.base import check_base
 from lightning_modules.adapters.ttt_lora.config import TTTLoraConfig
 from lightning_modules.adapters.ttt_lora.layer import (
+    Layers,
     SiblingGroup,
     TTTLoraLayer,
     TTTLoraLinear,
@@ -157,6 +158,7 @@ def _place(
     parent = plain[0].rpartition(".")[0]
     slot = ".".join([parent, "+".join(path.rpartition(".")[2] for path in plain), name])
     group = SiblingGroup(slot, [layers[path].ttt_lora_cells[name] for path in paths], context)
+    group.layers = Layers([layers[path] for path in paths])
     for number, path in enumerate(paths):
         layers[path].ttt_lora_places[name] = (group, number)
     return group

@@ -8,9 +8,10 @@ from lightning_modules.ops.states import TTTLoRAState
 from lightning_modules.ops.ttt_lora.cell import ttt_lora_cell
 from lightning_modules.ops.ttt_lora.checks import check_ttt_lora
 from lightning_modules.ops.ttt_lora.choose import choose_backend, takes_kernels
+from lightning_modules.ops.ttt_lora.linears import Linears
 from lightning_modules.ops.ttt_lora.loss import inner_loss
 
-__all__ = ["inner_loss", "takes_kernels", "ttt_lora", "ttt_lora_cell"]
+__all__ = ["Linears", "inner_loss", "takes_kernels", "ttt_lora", "ttt_lora_cell"]
 
 
 def ttt_lora(

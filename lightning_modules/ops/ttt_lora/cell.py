@@ -13,6 +13,7 @@ from lightning_modules.ops.ttt_lora.call import Call
 from lightning_modules.ops.ttt_lora.checks import check_ttt_lora_cell
 from lightning_modules.ops.ttt_lora.choose import choose_backend
 from lightning_modules.ops.ttt_lora.fused import run, triton_ttt_lora
+from lightning_modules.ops.ttt_lora.linears import Linears, add_reads, run_linears
 from lightning_modules.ops.ttt_lora.plan import make_plan
 
 
@@ -32,8 +33,9 @@ def ttt_lora_cell(
     state: TTTLoRAState | None = None,
     adapt: bool = True,
     shared: dict[Any, Any] | None = None,
+    linears: Linears | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, TTTLoRAState]:
+) -> tuple[Any, TTTLoRAState]:
     """`ttt_lora` of a group with what stands before and behind it in a layer.
 
         k = l2norm(projected_k),   q = l2norm(projected_q),   v = projected_v
@@ -50,11 +52,15 @@ def ttt_lora_cell(
         q_residual: add q.
         shared: of calls whose tokens, mask, documents and progress are one and the same: what the
             first of them leaves for the others.
+        linears: the linear layers that the adapters belong to, whose inputs are projected: then
+            they are computed, too.
         backend: as in `ttt_lora`.
 
     Returns:
         `[B, T, G, d]` in the dtype of `projected`, with columns of zeros behind d up to a multiple
-        of 8 where a GPU's matrix product wants them, and the state after the last token.
+        of 8 where a GPU's matrix product wants them, and the state after the last token. With
+        `linears` in place of it a tuple of what each layer puts out with its adapter,
+        `[B, T, out]`.
 
     Raises:
         ValueError: if shapes, dtypes or options do not fit together.
@@ -72,7 +78,11 @@ def ttt_lora_cell(
         call = Call(mini_batch_size, mode == "B", plan, width, norm_eps, *around)
         behind = None if norm is None else norm.to(dtype)
         in_loss = behind if loss == "ln" else None
-        return run(call, (projected,), rates, base.to(dtype), in_loss, behind, state)
+        rest = (rates, base.to(dtype), in_loss, behind, state)
+        if linears is not None and not torch.compiler.is_compiling():
+            return run_linears(linears, call, projected, *rest)
+        o, new = run(call, (projected,), *rest)
+        return o if linears is None else add_reads(linears, o), new
     (q, k, v), weights, both = _parts(projected, base, norm, loss)
     rates = rates.expand(q.shape[:3])
     with torch.autocast(autocast_device(q.device), enabled=False):
@@ -85,7 +95,8 @@ def ttt_lora_cell(
             gamma, beta = norm.to(dtype).unbind(1)
             o = torch.addcmul(beta, layer_norm(o, (d,), eps=norm_eps), gamma)
         o = o + q if q_residual else o
-    return o.to(projected.dtype), new
+    o = o.to(projected.dtype)
+    return o if linears is None else add_reads(linears, o), new
 
 
 def _parts(

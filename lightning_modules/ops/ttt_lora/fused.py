@@ -5,7 +5,7 @@ as the torch backend does, and takes everything else again from it.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,16 +16,7 @@ from lightning_modules.ops.ttt_lora.call import Call
 from lightning_modules.ops.ttt_lora.in_graphs import in_graph
 from lightning_modules.ops.ttt_lora.plan import make_plan
 
-
-class Result(NamedTuple):
-    """Outputs `[B, T, G, width]`, the change, the open mini-batch and the progress after a call."""
-
-    o: Tensor
-    change: Tensor
-    open_k: Tensor
-    open_v: Tensor
-    open_eta: Tensor
-    progress: Tensor
+Given = tuple[Tensor | None, ...]
 
 
 def run(
@@ -48,21 +39,35 @@ def run(
         output_norm: those of the output's norm; None: it has none.
         state: that of a group.
     """
-    change: tuple[Tensor | None, ...] = (None,) * 5
-    before: tuple[Tensor | None, ...] = (None, None, None)
-    if state is not None:
-        change = (*state[:2], *(x.to(base.dtype).contiguous() for x in state[2:5]))
-        before = tuple(x.contiguous() for x in state[5:])
-    others = (*change[2:], norm, output_norm, *tokens)
+    before, change, others = prepare(base, tokens, norm, output_norm, state)
     if torch.compiler.is_compiling():
         start = None if state is None else _below(state.dw, state.db, base.dtype)
-        result = Result(*in_graph(call, before, eta, base, start, others))
+        found = in_graph(call, before, eta, base, start, others)
     else:
-        result = Result(*_Fused.apply(call, before, eta, base, *change[:2], *others))
-    progress = call.plan.progress or Progress(*result.progress.unbind(0))
-    after = result.change
-    fields = (after[..., :-1, :], after[..., -1, :], *result[2:5], *progress)
-    return result.o, TTTLoRAState(*fields)
+        found = _Fused.apply(call, before, eta, base, *change, *others)
+    return found[0], state_of(call, found[1:])
+
+
+def prepare(
+    base: Tensor,
+    tokens: Sequence[Tensor],
+    norm: Tensor | None,
+    output_norm: Tensor | None,
+    state: TTTLoRAState | None,
+) -> tuple[Given, Given, Given]:
+    """The state's integers, dw and db, and the others that `kernel_forward` takes."""
+    if state is None:
+        return (None,) * 3, (None,) * 2, (None, None, None, norm, output_norm, *tokens)
+    held = (x.to(base.dtype).contiguous() for x in state[2:5])
+    before = tuple(x.contiguous() for x in state[5:])
+    return before, state[:2], (*held, norm, output_norm, *tokens)
+
+
+def state_of(call: Call, after: Sequence[Tensor]) -> TTTLoRAState:
+    """The state from the change, the open mini-batch and the progress after a call."""
+    change, *held, counted = after
+    progress = call.plan.progress or counted.unbind(0)
+    return TTTLoRAState(change[..., :-1, :], change[..., -1, :], *held, *progress)
 
 
 def one_matrix(dw: Tensor | None, db: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -88,50 +93,83 @@ def _below(dw: Tensor, db: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat([dw, db.unsqueeze(-2)], dim=-2).to(dtype)
 
 
+def kernel_forward(
+    call: Call,
+    before: Given,
+    eta: Tensor,
+    base: Tensor,
+    dw: Tensor | None,
+    db: Tensor | None,
+    *others: Tensor | None,
+) -> tuple[tuple[Tensor, ...], Given]:
+    """What the kernels compute, and what `kernel_backward` needs.
+
+    Args:
+        call: what the kernels must know of it.
+        before: the state's integers.
+        eta: step sizes.
+        base: w_base and below it b_base.
+        dw: of the state.
+        db: of the state.
+        *others: k, v and eta of the open mini-batch, the norm in the loss and that of the output,
+            and the tokens.
+
+    Returns:
+        Outputs `[B, T, G, width]`, the change, k, v and eta of the open mini-batch, and the
+        progress.
+    """
+    from lightning_modules.ops.ttt_lora.kernels.launch import forward
+
+    start = one_matrix(dw, db, base.dtype)
+    *pending, norm, output_norm = others[:5]
+    tokens = [x for x in others[5:] if x is not None]
+    found = forward(call, before, eta, base, start, tuple(pending), norm, output_norm, tokens)
+    return found[:6], (*before, eta, base, start, *others, *found[6:])
+
+
+def kernel_backward(
+    call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None], of_state: bool
+) -> Given:
+    """Gradients of eta, base, dw, db and the others.
+
+    Args:
+        call: of the forward pass.
+        saved: by the forward pass.
+        grads: of outputs, the change, k, v and eta of the open mini-batch; None: zero.
+        of_state: whether the gradients of the state are asked for.
+    """
+    from lightning_modules.ops.ttt_lora.kernels.launch import backward
+
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "the triton backend of ttt_lora has no second derivatives: leave out "
+            "create_graph=True, or use backend='naive'"
+        )
+    found = backward(call, saved[:3], saved[3:-2], saved[-2:], grads, of_state)
+    of_eta, of_base, change, *rest = found
+    both = (None, None) if change is None else (change[..., :-1, :], change[..., -1, :])
+    return of_eta, of_base, *both, *rest
+
+
 class _Fused(torch.autograd.Function):
-    """See `run`; differentiable once.
+    """`kernel_forward` of its arguments, less what is saved; differentiable once.
 
     No `setup_context`: it makes torch look up the signature of `forward` in every call.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        call: Call,
-        before: tuple[Tensor | None, ...],
-        eta: Tensor,
-        base: Tensor,
-        dw: Tensor | None,
-        db: Tensor | None,
-        *others: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        from lightning_modules.ops.ttt_lora.kernels.launch import forward
-
-        start = one_matrix(dw, db, base.dtype)
-        *pending, norm, output_norm = others[:5]
-        tokens = [x for x in others[5:] if x is not None]
-        outputs = forward(call, before, eta, base, start, tuple(pending), norm, output_norm, tokens)
+    def forward(ctx: Any, call: Call, *given: Any) -> tuple[Tensor, ...]:
+        outputs, saved = kernel_forward(call, *given)
         ctx.call = call
-        ctx.save_for_backward(*before, eta, base, start, *others, *outputs[6:])
+        ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(outputs[5])
         ctx.set_materialize_grads(False)
-        return outputs[:6]
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        from lightning_modules.ops.ttt_lora.kernels.launch import backward
-
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "the triton backend of ttt_lora has no second derivatives: leave out "
-                "create_graph=True, or use backend='naive'"
-            )
-        saved = ctx.saved_tensors
-        needed = ctx.needs_input_grad[4:9]
-        found = backward(ctx.call, saved[:3], saved[3:-2], saved[-2:], grads[:5], any(needed))
-        of_eta, of_base, change, *rest = found
-        both = (None, None) if change is None else (change[..., :-1, :], change[..., -1, :])
-        return None, None, of_eta, of_base, *both, *rest
+        of_state = any(ctx.needs_input_grad[4:9])
+        return None, None, *kernel_backward(ctx.call, ctx.saved_tensors, grads[:5], of_state)
 
 
 def triton_ttt_lora(

@@ -60,18 +60,24 @@ def make_plan(
     starts, after = document_starts(valid, valid.cumsum(1) - 1, document_ids, before)
     slots = full + time // tile + 1
     blocks = time if document_ids is not None else min(time, slots)
-    there = valid.contiguous().view(torch.uint8)
+    there = _bytes(valid)
     features = [mask is not None, document_ids is not None, progress is not None]
     lay_out = _lay_out_in_graph if torch.compiler.is_compiling() else _lay_out
     entries, rows, count = lay_out(
         there,
-        starts.contiguous().view(torch.uint8),
+        _bytes(starts),
         before.pending_count,
         [blocks, size, tile],
         features,
     )
     after = after._replace(pending_count=count)
     return Plan(blocks, slots, tile, entries, rows, there if mask is not None else None, after)
+
+
+def _bytes(flags: Tensor) -> Tensor:
+    """Booleans as numbers; the view costs nothing, but torch 2.11 cannot trace it."""
+    flags = flags.contiguous()
+    return flags.to(torch.uint8) if torch.compiler.is_compiling() else flags.view(torch.uint8)
 
 
 def _lay_out(

@@ -63,15 +63,14 @@ def forward(
 
 def room_forward(call: Call, base: Tensor, tokens: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Room for what `forward` returns."""
-    q = split(tokens, base)[0]
-    batch, time, group, d = q.shape
-    exact = base.new_empty
+    (batch, time), (group, _, d) = tokens[0].shape[:2], base.shape
+    exact, new = base.new_empty, tokens[0].new_empty
     kept = exact(batch, group, call.plan.slots, d + 1, d)
     kept_open = torch.empty_like(kept) if call.mode_b else exact(0)
-    change, o = exact(batch, group, d + 1, d), q.new_empty(batch, time, group, call.width)
+    change, o = exact(batch, group, d + 1, d), new(batch, time, group, call.width)
     open_k, open_v = (exact(batch, call.size, group, d) for _ in "kv")
     open_eta = exact(batch, call.size, group)
-    progress = q.new_empty(3, batch, dtype=torch.int64)
+    progress = new(3, batch, dtype=torch.int64)
     return o, change, open_k, open_v, open_eta, progress, kept, kept_open
 
 
