@@ -13,6 +13,9 @@ pytest.importorskip("triton")
 SHARED = 227 * 1024
 """Bytes that a program can have."""
 
+SPILLED = {"bank_gradient_kernel": 128}
+"""Bytes a thread may keep outside of registers, where a larger tile without took longer."""
+
 CODE = """
 import json, torch
 from triton_ahead import record
@@ -42,7 +45,7 @@ print(json.dumps(compiled))
         (128, {"read_blocks", "delta", "query_gradient", "bank_gradient", "sum_groups"}),
     ],
 )
-def test_kernels_of_the_published_bank_compile_without_spills(
+def test_kernels_of_the_published_bank_fit_into_registers(
     block: int, kernels: set[str], size: int
 ) -> None:
     folder = Path(__file__).parents[1]
@@ -55,4 +58,5 @@ def test_kernels_of_the_published_bank_compile_without_spills(
     compiled = json.loads(done.stdout)
     assert {name.removesuffix("_kernel") for name, *_ in compiled} == kernels
     for name, registers, spilled, shared in compiled:
-        assert 16 <= registers <= 255 and spilled == 0 and shared <= SHARED, name
+        assert 16 <= registers <= 255 and shared <= SHARED, name
+        assert spilled <= SPILLED.get(name, 0), name

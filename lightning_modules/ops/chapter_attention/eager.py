@@ -20,6 +20,7 @@ from lightning_modules.ops.chapter_attention.tiles import (
     sorted_tiles,
     tile_width,
 )
+from lightning_modules.ops.ttt_eager import autocast_device
 
 COMMON_WIDTH = 128
 """Tokens that gather shared chapters together, where they are not among the chosen ones."""
@@ -47,9 +48,9 @@ def eager_chapter_attention(
     sorted by chapter, so that those in a chapter share its rows; only if they are few (decoding)
     does each gather for itself. How a row of the batch is computed does not depend on the others.
     """
-    dtype, device = product_dtype(q, mem_k, mem_v), q.device.type
+    dtype = product_dtype(q, mem_k, mem_v)
     options = (q.shape[-1] ** -0.5 if scale is None else scale, dropout)
-    with torch.autocast("cpu" if device == "meta" else device, enabled=False):
+    with torch.autocast(autocast_device(q.device), enabled=False):
         tokens, k, v = q.flatten(0, 1).to(dtype), mem_k.to(dtype), mem_v.to(dtype)
 
         def read(tiles: Tiles, weights: Tensor | None, mixture: bool) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as zero_some
 
+from lightning_modules.ops.ttt_eager import autocast_device
+
 
 class Softmax(NamedTuple):
     """One softmax: its chapters, a bias for each, `[n]`, and the weight of what it reads."""
@@ -45,7 +47,7 @@ def naive_chapter_attention(
     batch, time, heads, size = q.shape
     scale = size**-0.5 if scale is None else scale
     outputs, logsumexps = [], []
-    with torch.autocast("cpu" if q.device.type == "meta" else q.device.type, enabled=False):
+    with torch.autocast(autocast_device(q.device), enabled=False):
         # key head g belongs to the query heads g G to (g + 1) G - 1
         k, v = (x.to(dtype).repeat_interleave(heads // x.shape[2], 2) for x in (mem_k, mem_v))
         zeros = k.new_zeros(len(k))

@@ -33,11 +33,11 @@ class Plan(NamedTuple):
 LARGEST = {
     # bfloat16, D up to 64 or over 64
     (True, False): Plan(
-        read_blocks=Tile(128, 64, 8, 3),
-        read_pairs=Tile(64, 128, 4, 2),
-        query_gradient=Tile(64, 64, 4, 2),
+        read_blocks=Tile(64, 128, 4, 2),
+        read_pairs=Tile(64, 128, 4, 1),
+        query_gradient=Tile(64, 64, 4, 3),
         pair_gradient=Tile(64, 64, 4, 2),
-        bank_gradient=Tile(64, 128, 8, 2),
+        bank_gradient=Tile(32, 128, 4, 2),
         merge=Tile(32, 0, 4, 1),
     ),
     (True, True): Plan(
@@ -66,7 +66,8 @@ LARGEST = {
         merge=Tile(32, 0, 4, 1),
     ),
 }
-"""The largest that compile for sm_90 without, or almost without, spilling registers."""
+"""Those that took least on an H200 (bfloat16, D up to 64: `ops_chapter_attention.py --sweep`), else
+the largest that compile for sm_90 without, or almost without, spilling registers."""
 
 
 def plan_of(q: Tensor, mem_k: Tensor, block: int) -> Plan:

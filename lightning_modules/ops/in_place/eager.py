@@ -30,6 +30,7 @@ from lightning_modules.ops.in_place.history import read_history
 from lightning_modules.ops.in_place.shared import Part, add_before, find_part, gather_sums, scan
 from lightning_modules.ops.products import product
 from lightning_modules.ops.states import InPlaceState
+from lightning_modules.ops.ttt_eager import autocast_device
 
 LARGE = 2
 """How many times larger than a chunk's tokens, D F over C (D + F), its matrix may be. Measured on
@@ -57,7 +58,7 @@ def eager_in_place(
     base, wide = linear(z, w_down), torch.promote_types(z.dtype, torch.float32)
     narrow = z.dtype == v.dtype == torch.bfloat16 and z.shape[1] >= SHORTEST
     dtype = z.dtype if narrow else wide
-    with torch.autocast("cpu" if z.device.type == "meta" else z.device.type, enabled=False):
+    with torch.autocast(autocast_device(z.device), enabled=False):
         z, w = z.to(dtype), _scaled(v.to(dtype), eta)
         if state is not None:
             changes = {name: getattr(state, name).to(wide) for name in ("dw", "pending_dw")}

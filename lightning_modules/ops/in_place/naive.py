@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from lightning_modules.ops.in_place.shared import Part
 from lightning_modules.ops.states import InPlaceState
+from lightning_modules.ops.ttt_eager import autocast_device
 
 
 class Memory:
@@ -86,7 +87,7 @@ def naive_in_place(
     z, v = z.to(dtype), v.to(dtype)
     rates = torch.as_tensor(eta, dtype=dtype, device=z.device).expand(z.shape[:2])
     rows, memories = [], []
-    with torch.autocast("cpu" if z.device.type == "meta" else z.device.type, enabled=False):
+    with torch.autocast(autocast_device(z.device), enabled=False):
         for row in range(z.shape[0]):
             memory = Memory(torch.zeros_like(w_down, dtype=dtype), chunk_size, clip)
             if state is not None:

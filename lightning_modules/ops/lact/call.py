@@ -35,9 +35,17 @@ class Call(NamedTuple):
     masked: bool
     trains: bool
 
-    def pairs(self, blocks: Tensor, first: int, count: int = 1) -> list[Pair]:
+    def pairs(self, blocks: Tensor, first: int, count: int) -> list[Pair]:
         """Versions `[r, V, G, 3 F D]` from `first` on, of each block a pair with S * G matrices."""
         return [self.sizes.pair(x[first : first + count].flatten(0, 1)) for x in blocks]
+
+    def each_version(self, blocks: Tensor) -> list[list[Pair]]:
+        """All versions `[r, V, G, 3 F D]`, of each the pairs of its blocks.
+
+        The host is what a small call waits for: views are made once here, not chunk by chunk.
+        """
+        each_block = [zip(*(x.unbind() for x in self.sizes.pair(y)), strict=True) for y in blocks]
+        return [list(pairs) for pairs in zip(*each_block, strict=True)]
 
 
 class Inputs(NamedTuple):
@@ -100,13 +108,38 @@ def written_tokens(call: Call, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+class Rows(NamedTuple):
+    """A block's weights as kernels on rows take them (views).
+
+    Attributes:
+        main: of each kept version, `[G, 3 F D]`.
+        low: of each version.
+        norms: of its rows.
+        learned: with which documents begin; None: none does.
+    """
+
+    main: tuple[Tensor, ...]
+    low: tuple[Tensor, ...]
+    norms: Norms
+    learned: Tensor | None
+
+
+def rows_of(x: Inputs, versions: Versions) -> list[Rows]:
+    """Those of each block."""
+    blocks = zip(versions.main, versions.low, x.norms, strict=True)
+    return [
+        Rows(
+            main.unbind(),
+            low.unbind(),
+            Norms(norms, None if x.learned_norms is None else x.learned_norms[j]),
+            None if x.learned is None else x.learned[j],
+        )
+        for j, (main, low, norms) in enumerate(blocks)
+    ]
+
+
 def mean_of(versions: Versions, change: Change) -> Tensor | None:
     """Mean coefficient of the chunk that a change writes, `[G]`; None without one."""
     if versions.mean is None or change.write is None:
         return None
     return versions.mean[change.write]
-
-
-def norms_of(x: Inputs, j: int) -> Norms:
-    """The row norms of a block."""
-    return Norms(x.norms[j], None if x.learned_norms is None else x.learned_norms[j])

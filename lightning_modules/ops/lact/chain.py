@@ -15,9 +15,10 @@ from lightning_modules.ops.lact import stack
 from lightning_modules.ops.lact.call import (
     Call,
     Inputs,
+    Rows,
     Versions,
     mean_of,
-    norms_of,
+    rows_of,
     written_tokens,
 )
 from lightning_modules.ops.lact.chain_backward import run_backward
@@ -74,12 +75,13 @@ def _change_all(call: Call, x: Inputs) -> tuple[Versions, Tensor]:
         mean = rates[..., -1].sum(-1) / call.size
     versions = Versions(main, low, momentum, mean)
     now = x.start.clone()
+    blocks, pairs = list(zip(rows_of(x, versions), now, strict=True)), call.each_version(low)
+    written = list(zip(k.unbind(), v.unbind(), rates.unbind(), strict=True))
     for n, change in enumerate(changes, start=1):
         sums = None
         if change.write is not None:
-            i = change.write
-            sums = stack.write(call.form, call.pairs(low, n - 1), k[i], v[i], rates[i])
-        _change(call, x, versions, now, n, change, sums)
+            sums = stack.write(call.form, pairs[n - 1], *written[change.write])
+        _change(call, x, versions, blocks, n, change, sums)
     return versions, now
 
 
@@ -87,13 +89,13 @@ def _change(
     call: Call,
     x: Inputs,
     versions: Versions,
-    now: Tensor,
+    blocks: list[tuple[Rows, Tensor]],
     n: int,
     change: Change,
     sums: list[Pair] | None,
 ) -> None:
-    """Version n, from the one before and the sums over the chunk that is written."""
-    by: list[Any] = [None] * len(now) if sums is None else list(sums)
+    """Version n and W, from the version before and the sums over the chunk that is written."""
+    by: list[Any] = [None] * len(blocks) if sums is None else list(sums)
     old, new = (n - 1, n) if call.trains else (0, 0)  # without a backward pass in place
     if versions.momentum is not None:
         for j, kept in enumerate(versions.momentum):
@@ -104,11 +106,10 @@ def _change(
             if call.muon_dtype is not None:
                 size = (call.form.hidden, call.sizes.size)
                 by = list(orthogonal(versions.momentum[:, new], *size, call.muon_dtype))
-    for j, main in enumerate(versions.main):
-        learned = None if x.learned is None else x.learned[j]
+    for g, (rows, now) in zip(by, blocks, strict=True):
         update(
-            call.sizes, change, by[j], main[old], main[new], now[j], versions.low[j, n],
-            norms_of(x, j), learned, call.prenorm,
+            call.sizes, change, g, rows.main[old], rows.main[new], now, rows.low[n],
+            rows.norms, rows.learned, call.prenorm,
         )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from lightning_modules.ops.lact.call import (
     Inputs,
     Versions,
     mean_of,
-    norms_of,
+    rows_of,
     written_tokens,
 )
 from lightning_modules.ops.lact.launch_tokens import gather, scatter
@@ -117,9 +117,8 @@ class Reading:
         pairs = call.pairs(self.low, block.version, block.number)
         dx, changes = stack.read_backward(call.form, pairs, x, upper)
         scatter(dx.unflatten(0, (block.number, -1)), self.dq, None, block)
-        for s in range(block.number):
-            part = slice(s * groups, (s + 1) * groups)
-            here = [(first[part], second[part]) for first, second in changes]
+        parts = [zip(*(x.split(groups) for x in pair), strict=True) for pair in changes]
+        for s, here in enumerate(map(list, zip(*parts, strict=True))):
             before = self.found.get(block.version + s)
             if before is not None:
                 here = [(a + c, b + d) for (a, b), (c, d) in zip(here, before, strict=True)]
@@ -136,11 +135,15 @@ class Writing:
     """
 
     def __init__(self, call: Call, x: Inputs, versions: Versions) -> None:
-        self.call, self.x, self.versions = call, x, versions
+        self.call, self.versions = call, versions
         self.k, self.v, self.rates = written_tokens(call, x)
         self.drates = torch.empty_like(self.rates)
+        slots = (self.k, self.v, self.rates, self.drates)
+        self.chunks = list(zip(*(tokens.unbind() for tokens in slots), strict=True))
+        self.rows = rows_of(x, versions)
         shape, sizes = versions.low.shape, call.sizes
-        self.both = versions.low.new_empty(shape[0], shape[2], 2 * shape[3])
+        self.both = versions.low.new_empty(shape[0], shape[2], 2 * shape[3]).unbind()
+        self.operands = [sizes.operands(both) for both in self.both]
         self.dchange, self.dmean = None, None
         if versions.momentum is not None:
             self.dchange = x.start.new_empty(x.start.shape)
@@ -151,29 +154,25 @@ class Writing:
 
     def step(self, n: int, carry: list[Carry], read: list[Pair] | None) -> None:
         """Through the change that made version n; what it leaves at version n - 1 is in `left`."""
-        call, versions, change = self.call, self.versions, self.call.walk.changes[n - 1]
-        for j, one in enumerate(carry):
+        call, change = self.call, self.call.walk.changes[n - 1]
+        for j, (one, rows) in enumerate(zip(carry, self.rows, strict=True)):
             update_backward(
                 call.sizes,
                 change,
                 one,
                 read[j] if read else None,
                 self.left[j] if self.left else None,
-                versions.main[j, n],
-                versions.low[j, n - 1],
+                rows.main[n],
+                rows.low[n - 1],
                 self.both[j],
                 None if self.dchange is None else self.dchange[j],
-                norms_of(self.x, j),
+                rows.norms,
             )
         if self.dchange is not None:
             self._through_momentum(n, carry, change)
         self.left = None
         if change.write is not None:
-            i = change.write
-            pairs = [call.sizes.operands(both) for both in self.both]
-            self.left = stack.write_backward(
-                call.form, pairs, self.k[i], self.v[i], self.rates[i], self.drates[i]
-            )
+            self.left = stack.write_backward(call.form, self.operands, *self.chunks[change.write])
 
     def _through_momentum(self, n: int, carry: list[Carry], change: Change) -> None:
         call, versions, dchange = self.call, self.versions, self.dchange
@@ -193,7 +192,7 @@ class Writing:
                 one.momentum,
                 versions.momentum[j, n - 1],
                 mean_of(versions, change),
-                versions.low[j, n - 1],
+                self.rows[j].low[n - 1],
                 self.both[j],
                 dmean,
             )

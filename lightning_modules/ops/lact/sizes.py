@@ -34,9 +34,9 @@ class Sizes(NamedTuple):
         return 2 * self.hidden + self.size
 
     def pair(self, packed: Tensor) -> Pair:
-        """Packed weights `[G, 3 F D]` as a pair (views)."""
-        first, second = packed.split([2 * self.hidden * self.size, self.hidden * self.size], dim=1)
-        return first.unflatten(1, (-1, self.size)), second.unflatten(1, (self.size, -1))
+        """Packed weights `[..., 3 F D]` as a pair (views)."""
+        first, second = packed.split([2 * self.hidden * self.size, self.hidden * self.size], dim=-1)
+        return first.unflatten(-1, (-1, self.size)), second.unflatten(-1, (self.size, -1))
 
     def operands(self, both: Tensor) -> Pair:
         """Weights beside gradients, `[G, 6 F D]`, as `[G, 4 F, D]` and `[G, D, 2 F]` (views)."""
