@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from callbacks.history import History
-from callbacks.logging import heat_map, log_figure, log_histogram
+from callbacks.logging import heat_map, log_figure, log_histograms
 from callbacks.monitor import Monitor, ObservedChunk, SlotResult, layer_tags, slot_scalars
 from callbacks.statistics import (
     BinnedMean,
@@ -34,8 +34,8 @@ class GateMonitor(Monitor):
     parameter): `gate/ttt/mean/layer_03`, `std`, `min`, `max`, and `saturation`, the share of
     entries with |gate| > 0.99. The ratio |gate * branch| / |residual| of each row gives
     `gate/ratio_ttt/mean/layer_03`, `std`, `min`, `max`. TensorBoard also gets a histogram of the
-    last step's gates, and heat maps of the means, layer by step and (where there is one) layer by
-    flow-matching time in 10 bins.
+    last step's gates (of 16,384 of a layer, where there are more), and heat maps of the means,
+    layer by step and (where there is one) layer by flow-matching time in 10 bins.
 
     Args:
         every_n_steps: optimizer steps between two flushes.
@@ -123,10 +123,9 @@ class GateMonitor(Monitor):
         quantity: str, result: SlotResult, trainer: pl.Trainer, step: int
     ) -> None:
         edges = np.linspace(-HISTOGRAM_LIMIT, HISTOGRAM_LIMIT, HISTOGRAM_BINS + 1)
-        for slot, tag in enumerate(layer_tags(result.slots)):
-            counts = result.values["counts"][slot]
-            if counts.sum() > 0:
-                log_histogram(trainer, _tag(quantity, "histogram", tag), counts, edges, step)
+        counts = zip(layer_tags(result.slots), result.values["counts"], strict=True)
+        found = {_tag(quantity, "histogram", tag): row for tag, row in counts if row.sum() > 0}
+        log_histograms(trainer, found, edges, step)
 
 
 def _in_words(quantity: str) -> str:

@@ -6,12 +6,14 @@ import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, Summary, SummaryMetadata
+from torch.utils.tensorboard.summary import histogram_raw
 
 from callbacks.tags import Charts, describe
 
@@ -34,7 +36,7 @@ class ScalarListener(ABC):
 def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float], step: int) -> None:
     """Write Python floats to every logger; on the first process only.
 
-    TensorBoard also gets what each of them means.
+    TensorBoard also gets what each of them means, the first time.
     """
     if not (trainer.is_global_zero and scalars):
         return
@@ -43,11 +45,25 @@ def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float], step: int) ->
             callback.on_scalars(scalars)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
+            writer = logger.experiment
             # SummaryWriter.add_scalar takes no description.
-            summary = Summary(value=[_described(*item) for item in scalars.items()])
-            logger.experiment._get_file_writer().add_summary(summary, step)
+            summary = Summary(value=_values(scalars, KNOWN.setdefault(writer, set())))
+            writer._get_file_writer().add_summary(summary, step)
         else:
             logger.log_metrics(dict(scalars), step=step)
+
+
+KNOWN: WeakKeyDictionary[SummaryWriter, set[str]] = WeakKeyDictionary()
+"""Tags that a writer has described: the checksum of a record takes 0.1 us a byte, in Python."""
+
+
+def _values(scalars: Mapping[str, float], known: set[str]) -> list[Summary.Value]:
+    values = [
+        Summary.Value(tag=tag, simple_value=value) if tag in known else _described(tag, value)
+        for tag, value in scalars.items()
+    ]
+    known.update(scalars)
+    return values
 
 
 def _described(tag: str, value: float) -> Summary.Value:
@@ -88,31 +104,42 @@ def log_animation(trainer: pl.Trainer, tag: str, gif: bytes, step: int) -> None:
         writer._get_file_writer().add_summary(summary, step)
 
 
-def log_histogram(
-    trainer: pl.Trainer, tag: str, counts: np.ndarray, edges: np.ndarray, step: int
+def log_histograms(
+    trainer: pl.Trainer, histograms: Mapping[str, np.ndarray], edges: np.ndarray, step: int
 ) -> None:
-    """Write a histogram that was counted elsewhere to every TensorBoard logger.
+    """Write histograms that were counted elsewhere to every TensorBoard logger.
+
+    As one event: the writer's queue holds ten, and training would wait for the file.
 
     Args:
         trainer: its loggers are written to.
-        tag: name in TensorBoard.
-        counts: how many values fell into each bin, `[N]`.
+        histograms: name in TensorBoard -> how many values fell into each bin, `[N]`, not all 0.
+            Empty bins at the ends are left out.
         edges: borders of the bins, `[N + 1]`.
         step: optimizer step.
     """
-    centers = (edges[:-1] + edges[1:]) / 2
+    if not histograms:
+        return
     for writer in tensorboards(trainer):
-        writer.add_histogram_raw(
-            tag,
-            min=float(edges[0]),
-            max=float(edges[-1]),
-            num=float(counts.sum()),
-            sum=float(counts @ centers),
-            sum_squares=float(counts @ centers**2),
-            bucket_limits=edges[1:].tolist(),
-            bucket_counts=counts.tolist(),
-            global_step=step,
-        )
+        values = [_histogram(tag, counts, edges) for tag, counts in histograms.items()]
+        writer._get_file_writer().add_summary(Summary(value=values), step)
+
+
+def _histogram(tag: str, counts: np.ndarray, edges: np.ndarray) -> Summary.Value:
+    used = np.flatnonzero(counts)
+    counts, edges = counts[used[0] : used[-1] + 1], edges[used[0] : used[-1] + 2]
+    centers = (edges[:-1] + edges[1:]) / 2
+    summary = histogram_raw(
+        tag,
+        min=float(edges[0]),
+        max=float(edges[-1]),
+        num=float(counts.sum()),
+        sum=float(counts @ centers),
+        sum_squares=float(counts @ centers**2),
+        bucket_limits=edges[1:].tolist(),
+        bucket_counts=counts.tolist(),
+    )
+    return summary.value[0]
 
 
 def heat_map(

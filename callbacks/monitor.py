@@ -22,14 +22,13 @@ from torch import Tensor
 
 from callbacks.logging import log_scalars
 from callbacks.statistics import (
+    GOLDEN_RATIO,
     FirstNonFinite,
     SlotMetric,
     all_reduce,
     to_host,
 )
 from lightning_modules.streams import NO_STREAM, Published, StreamPlan
-
-GOLDEN_RATIO = 0.6180339887498949
 
 MetricT = TypeVar("MetricT", bound=SlotMetric)
 

@@ -12,8 +12,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback
-from torch.utils.flop_counter import FlopCounterMode
 
+from callbacks.flops import count_step
 from callbacks.logging import log_scalars
 from lightning_modules.streams import NO_STREAM, StreamPlan
 
@@ -38,10 +38,9 @@ class Throughput(Callback):
     time spent in validation and in closed-loop evaluation, and without the first step. The share
     of the peak that is used (model FLOPs utilisation) needs the module's `flops_per_batch`
     (forward and backward of one batch) and a device whose peak is known. A module that does not
-    know gets what the first step's matrix products and attentions are counted to be: in a single
-    process, without `compile_model`, recomputation included, kernels of Triton left out.
-    `data_wait` is the share
-    of the time in which this process waited for its loader: near 1, the data is the bottleneck.
+    know gets what the matrix products and attentions of the first batch are counted to be
+    (`callbacks/flops.py`), in a single process without `compile_model`. `data_wait` is the share of
+    the time in which this process waited for its loader: near 1, the data is the bottleneck.
 
     Lightning's own ThroughputMonitor waits for the device after every batch; this one does at
     flushes.
@@ -59,7 +58,6 @@ class Throughput(Callback):
         self._window: _Window | None = None
         self._flushed = 0
         self._paused_at = 0.0
-        self._counter: FlopCounterMode | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.peak_flops is None:
@@ -74,16 +72,13 @@ class Throughput(Callback):
         self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._window is None and _is_countable(trainer, pl_module):
-            self._counter = FlopCounterMode(display=False)
-            self._counter.__enter__()
+            pl_module.flops_per_batch = count_step(pl_module, batch)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         window = self._window
         if window is None:  # the first step compiles and allocates
-            if (counted := self._stop_counting()) is not None:
-                pl_module.flops_per_batch = counted
             _wait(trainer)
             self._window = _Window(time.perf_counter(), _waited(trainer))
             return
@@ -101,24 +96,11 @@ class Throughput(Callback):
         if self._window is not None and self._window.batches:
             self._flush(trainer, self._window)
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        self._stop_counting()
-
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._pause(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._go_on()
-
-    def _stop_counting(self) -> int | None:
-        """FLOPs since counting began; None if it did not."""
-        counter, self._counter = self._counter, None
-        if counter is None:
-            return None
-        counter.__exit__(None, None, None)
-        return counter.get_total_flops()
 
     @contextmanager
     def paused(self, trainer: pl.Trainer) -> Iterator[None]:
@@ -148,7 +130,7 @@ class Throughput(Callback):
 
 
 def _is_countable(trainer: pl.Trainer, pl_module: Any) -> bool:
-    """Whether the first step is to be counted: it is one process's and made of plain operations."""
+    """Whether the first batch is to be counted: one process has it, in plain operations."""
     known = getattr(pl_module, "flops_per_batch", None) is not None
     return trainer.world_size == 1 and not known and not getattr(pl_module, "compile_model", False)
 

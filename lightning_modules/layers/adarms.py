@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_modules.ops.ttt_eager import autocast_device
+
 
 class Modulation(nn.Module):
     """Affine map of a condition vector, zero at initialisation: `cond weight^T + bias`.
@@ -46,7 +48,7 @@ class Modulation(nn.Module):
         """
         self._check(cond, num_tokens, segments)
         dtype = torch.promote_types(cond.dtype, torch.float32)
-        with torch.autocast(cond.device.type, enabled=False):
+        with torch.autocast(autocast_device(cond.device), enabled=False):
             rows = F.linear(cond.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
         if segments is not None:
             return rows.index_select(1, segments)
@@ -148,7 +150,7 @@ class AdaRmsNorm(nn.Module):
         """
         self._check(cond)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(autocast_device(x.device), enabled=False):
             normed = x.to(dtype)
             normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.eps)
             if cond is None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.layers.memory_bank import BankReader, StandardBank
+from lightning_modules.ops.ttt_eager import autocast_device
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,7 @@ class ProductKeyMemory(BankReader):
         query = self.query(hidden_states.to(self.query.weight.dtype))
         query = query.unflatten(-1, (self.config.num_heads, 2, -1))
         dtype = torch.promote_types(query.dtype, torch.float32)
-        device = "cpu" if query.is_meta else query.device.type  # autocast knows no meta device
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(autocast_device(query.device), enabled=False):
             scores = torch.einsum("bthic,ihnc->bthin", query.to(dtype), self.keys.to(dtype))
             best, at = scores.topk(k, dim=-1)  # [B, T, H, 2, k]
             pairs = best[..., 0, :, None] + best[..., 1, None, :]

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_modules.ops.ttt_eager import autocast_device
+
 INIT_STD = 0.02
 
 
@@ -40,8 +42,7 @@ def router_logits(x: Tensor, router: nn.Linear) -> Tensor:
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     bias = None if router.bias is None else router.bias.to(dtype)
-    device = "cpu" if x.is_meta else x.device.type  # autocast knows no meta device
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(autocast_device(x.device), enabled=False):
         return F.linear(x.to(dtype), router.weight.to(dtype), bias)
 
 

@@ -10,6 +10,7 @@ import torch
 from two_processes import in_two_processes
 
 from callbacks.statistics import (
+    SAMPLE,
     BinnedMean,
     FirstNonFinite,
     RunningHistogram,
@@ -76,6 +77,19 @@ def test_histogram_equals_numpy_with_open_outer_bins() -> None:
     edges[0], edges[-1] = -np.inf, np.inf
     expected = [np.histogram(row, edges)[0] for row in values.numpy()]
     np.testing.assert_array_equal(metric.compute()["counts"].numpy(), expected)
+
+
+@pytest.mark.parametrize("width", [1024, 768, 1000])
+def test_histogram_of_a_large_layer_counts_a_fair_sample_of_channels_and_tokens(width: int) -> None:
+    """Where a value says which channel and token it is of, shares are those of all values."""
+    tokens = 1024 * SAMPLE // 4096
+    by_channel = torch.linspace(-0.999, 0.999, width).expand(tokens, width)
+    by_token = torch.linspace(-0.999, 0.999, tokens).unsqueeze(1).expand(tokens, width)
+    metric = RunningHistogram(2, CPU, low=-1.0, high=1.0, bins=8)
+    metric.update(group_slots([by_channel, by_token]))
+    counts = metric.compute()["counts"].numpy()
+    # Independent draws would be off by 0.0026; a stride of `width` by 0.875.
+    np.testing.assert_allclose(counts / SAMPLE, 1 / 8, atol=0.002)
 
 
 def test_binned_mean_equals_numpy_and_clamps_the_index() -> None:
