@@ -7,12 +7,12 @@ Arms: `plain`, the model without what the variant adds and all weights trained; 
 LoRA in it, frozen; and the variant with its ops as torch operations (`torch`), with the kernels
 that `auto` takes (`auto`), and compiled (`compiled`, not by default: minutes). Sizes and runs are
 those of `scaling.py`: Lightning's Trainer, forward, backward, AdamW, the callbacks of `cli.py`,
-bf16-mixed (float32 on a CPU), random data from memory, carried state; every cell is a process.
+bf16-mixed (float32 on a CPU), random data from memory, carried state. Every cell is a process of
+its own, a copy of one that has imported everything.
 
-FLOPs are those of the products and attentions of a step, forward and backward, as torch counts
-them in the first step; kernels of Triton are not counted, so that `auto` and `compiled` get the
-number of `torch`, and none without that arm. Used: FLOPs per second by those of a bfloat16 product
-of 8192, measured first.
+FLOPs are those of the products and attentions of a step, forward and backward, as operations of
+torch compute them (`callbacks/flops.py`), whichever kernels an arm takes; `compiled` gets the
+number of `auto`. Used: FLOPs per second by those of a bfloat16 product of 8192, measured first.
 """
 
 from __future__ import annotations
@@ -26,19 +26,26 @@ from typing import Any
 
 import torch
 from op_timing import ceilings
-from scaling import in_process, parser_of_cells, times, train, write_table
-from scaling_cases import FULL, TINY, VARIANTS, save_base, ttt_lora
+from scaling import (
+    in_process,
+    note,
+    on_gpu,
+    parse,
+    parser_of_cells,
+    prepare,
+    times,
+    train,
+    write_table,
+)
+from scaling_cases import FULL, TINY, VARIANTS, ttt_lora
 from training_runs import machine, write_json
 
 from callbacks import Throughput
 from lightning_modules.ops import triton_backend
 
 ARMS = ("plain", "lora", "torch", "auto", "compiled")
-COUNTED = ("plain", "lora", "torch")
-"""Arms without kernels, whose FLOPs torch can count."""
-
-LORA = ("memory_bank", "ttt_lora", "in_place")
-"""Variants in whose base LoRA is measured: one and the same, so once for those that are asked."""
+ONE_BASE = ("memory_bank", "ttt_lora", "in_place")
+"""Variants of one and the same base: it is measured once, plain and with LoRA, by the first."""
 
 COLUMNS = "variant | arm | step ms [p10, p90] | tokens/s | TFLOP a step | used | peak GiB"
 
@@ -53,8 +60,7 @@ def run_cell(options: argparse.Namespace) -> None:
     if arm == "torch":
         triton_backend.unable = lambda *call: "this arm is without kernels"
     module.compile_model = arm == "compiled"
-    counting = [Throughput()] if arm in COUNTED else []
-    result = train(options, variant, module, *counting, devices=1)
+    result = train(options, variant, module, Throughput(), devices=1)
     write_json(options.result, {**result, "flops": getattr(module, "flops_per_batch", None)})
 
 
@@ -66,18 +72,20 @@ def measure(options: argparse.Namespace, folder: Path, peak: float) -> Iterator[
         folder: for the base and the results.
         peak: TFLOP/s of the chip.
     """
-    base = save_base(TINY if options.tiny else FULL, folder)
+    others = [variant for variant in options.variants if variant in ONE_BASE][1:]
     for variant in options.variants:
         flops: dict[str, int] = {}
         for arm in options.arms:
-            if arm == "lora" and variant != next((v for v in options.variants if v in LORA), None):
+            if variant in others and arm in ("plain", "lora"):
                 continue
-            cell = in_process(__file__, (variant, arm), options, folder, base)
+            if arm == "lora" and variant not in ONE_BASE:
+                continue
+            cell = in_process(main, (variant, arm), options, folder)
             if isinstance(cell, str):
                 yield f"| {variant} | {arm} | failed: {cell} | | | | |"
                 continue
             flops[arm] = cell["flops"]
-            counted = flops.get(arm if arm in COUNTED else "torch")
+            counted = flops[arm] or flops.get("auto")
             yield f"| {variant} | {arm} | {_line(cell, counted, peak)} |"
 
 
@@ -91,9 +99,16 @@ def _line(cell: dict[str, Any], flops: int | None, peak: float) -> str:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = parser_of_cells(__doc__, repeats=20)
+    parser = parser_of_cells(__doc__, warmup=4, repeats=8)
     parser.add_argument("--arms", nargs="+", default=list(ARMS[:-1]), choices=ARMS)
-    return parser.parse_args()
+    return parse(parser)
+
+
+def survey(cuda: bool) -> dict[str, Any]:
+    """The machine, and what a product of bfloat16 reaches on it, in TFLOP/s."""
+    found = ceilings() if cuda else ceilings(256, 3, "cpu", 2**16)
+    packages = ("torch", "triton", "lightning", "transformers", "peft")
+    return {**machine(packages), "matmul": found.matmul}
 
 
 def main() -> None:
@@ -102,13 +117,11 @@ def main() -> None:
     if options.cell:
         run_cell(options)
         return
-    cuda = torch.cuda.is_available() and not options.tiny
-    found = ceilings() if cuda else ceilings(256, 3, "cpu", 2**16)
-    about = f"A product of bfloat16 reaches {found.matmul:.3g} TFLOP/s. "
-    about += "TINY, on a CPU: no figure says anything. " if options.tiny else ""
-    about += str(machine(("torch", "triton", "lightning", "transformers", "peft")))
-    with tempfile.TemporaryDirectory() as folder:
-        write_table(COLUMNS, measure(options, Path(folder), found.matmul), about, options.out)
+    with tempfile.TemporaryDirectory() as name:
+        found = prepare(options, Path(name), lambda: survey(on_gpu(options)))
+        peak = found.pop("matmul")
+        about = f"{note(options)}A product of bfloat16 reaches {peak:.3g} TFLOP/s. {found}"
+        write_table(COLUMNS, measure(options, Path(name), peak), about, options.out)
 
 
 if __name__ == "__main__":

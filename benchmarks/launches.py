@@ -94,7 +94,7 @@ def kernels_replaced(kernels: Callable[[str], None]) -> Iterator[None]:
     replaced = [
         (JITFunction, "__getitem__", launch),
         (triton_backend, "unable", lambda *call: None),
-        (adapter_layer, "may_overwrite", _may_overwrite),
+        *((adapter_layer, name, _without_modes(name)) for name in ("may_overwrite", "is_plain")),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     try:
@@ -106,13 +106,17 @@ def kernels_replaced(kernels: Callable[[str], None]) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _may_overwrite(layer: Any, y: Tensor) -> bool:
-    """`may_overwrite` as it answers without the mode that counts."""
-    with torch.utils._python_dispatch._disable_current_modes():
-        return original_may_overwrite(layer, y)
+def _without_modes(name: str) -> Callable[..., bool]:
+    """A function of the adapters' layers as it answers without the mode that counts."""
+    function = getattr(adapter_layer, name)
 
+    def answer(*given: Any) -> bool:
+        if not torch._C._len_torch_dispatch_stack():  # only the host's time is taken
+            return function(*given)
+        with torch.utils._python_dispatch._disable_current_modes():
+            return function(*given)
 
-original_may_overwrite = adapter_layer.may_overwrite
+    return answer
 
 
 def per_layer(build: Build) -> PerLayer:

@@ -62,6 +62,25 @@ def time_call(
     return Timing(statistics.median(times), times[tenth], times[-1 - tenth], memory)
 
 
+def attempt(
+    make: Callable[[], Callable[[], Any]], repeats: int = 20, device: str = "cuda"
+) -> Timing | str:
+    """The timing of the call that is made, or why there is none."""
+    try:
+        return time_call(make(), repeats, device=device)
+    except Exception as error:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return f"failed: {reason(error)}"
+
+
+def reason(error: Exception) -> str:
+    """Kind, first and last line of an error: a compiler's says where, and what is wrong there."""
+    lines = [text for text in map(str.strip, str(error).splitlines()) if text]
+    ends = lines if len(lines) < 2 else [lines[0], lines[-1]]
+    return ": ".join([type(error).__name__, *(text[:200] for text in ends)])
+
+
 def _elapsed_on_host(call: Callable[[], Any], repeats: int) -> list[float]:
     """Milliseconds of each call."""
     times = []
@@ -83,6 +102,20 @@ def _elapsed(call: Callable[[], Any], repeats: int) -> list[float]:
         pairs.append((begin, end))
     torch.cuda.synchronize()
     return [begin.elapsed_time(end) for begin, end in pairs]
+
+
+def replayed(call: Callable[[], Any]) -> Callable[[], None]:
+    """What a call launches as one CUDA graph: the GPU's part alone, nobody waits for the host."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def kernel_times(call: Callable[[], Any], repeats: int = 5) -> list[tuple[str, float, int]]:

@@ -2,6 +2,7 @@
 
     python benchmarks/ops_chapter_attention.py                             # on a GPU
     python benchmarks/ops_chapter_attention.py --cases published --kernels # time of each kernel
+    python benchmarks/ops_chapter_attention.py --cases published --sweep   # of other tiles
     python benchmarks/ops_chapter_attention.py --tiny --device cpu         # a few seconds
 
 Ceilings first (a product of bfloat16 matrices, a copy on the device), then for every form the
@@ -29,9 +30,13 @@ from torch import Tensor
 from training_runs import machine
 
 from lightning_modules.ops import chapter_attention
+from lightning_modules.ops.chapter_attention import launch
+from lightning_modules.ops.chapter_attention.plan import Tile
 
 CHECKED = 1024
 """Tokens of a row that are compared with float64."""
+
+DTYPES = ("bfloat16", "float32")
 
 Form = Callable[..., Tensor]
 
@@ -119,8 +124,8 @@ def gather(
     return o.transpose(1, 2).reshape(batch, -1, heads, size)[:, :time_]
 
 
-def forms_of(case: Case, backends: Sequence[str]) -> dict[str, Form]:
-    """Ways to compute a case, by name."""
+def forms_of(case: Case, backends: Sequence[str], whole: bool = True) -> dict[str, Form]:
+    """Ways to compute a case, by name; `whole` is the longest of them."""
 
     def op(backend: str) -> Form:
         return lambda *x: chapter_attention(*x, block_size=case.block, backend=backend)
@@ -130,7 +135,8 @@ def forms_of(case: Case, backends: Sequence[str]) -> dict[str, Form]:
     gathered = case.batch * blocks * case.top_k * case.rows * case.heads * case.head_dim
     if gathered < GATHERED:
         forms["gather"] = lambda *x: gather(*x, case.block)
-    forms["whole"] = lambda q, k, v, c, w: chapter_attention(q, k, v, backend="torch")
+    if whole:
+        forms["whole"] = lambda q, k, v, c, w: chapter_attention(q, k, v, backend="torch")
     return forms
 
 
@@ -179,11 +185,10 @@ def attempt(call: Callable[[], object], repeats: int, device: str) -> Timing | s
 
 
 def rows(
-    name: str, case: Case, given: list[Tensor], top: Ceilings, backends: Sequence[str], repeats: int
+    name: str, case: Case, given: list[Tensor], top: Ceilings, forms: dict[str, Form], repeats: int
 ) -> list[str]:
     """A line of the table for every form."""
     device, dtype = given[0].device.type, str(given[0].dtype).removeprefix("torch.")
-    forms = forms_of(case, backends)
     timed = {
         form: [attempt(make(call, given), repeats, device) for make in (inference, training)]
         for form, call in forms.items()
@@ -211,6 +216,37 @@ def rows(
     return lines
 
 
+SWEPT = {
+    "read_pairs": [(64, 128, 4, 2), (64, 128, 4, 3), (128, 128, 8, 2), (128, 128, 4, 1)],
+    "read_blocks": [(128, 64, 8, 3), (64, 128, 4, 1), (64, 128, 4, 3), (64, 64, 4, 3)],
+    "query_gradient": [(64, 64, 4, 2), (64, 64, 4, 4), (64, 128, 4, 2), (128, 64, 8, 2)],
+    "bank_gradient": [(64, 128, 8, 2), (64, 128, 4, 1), (32, 128, 8, 2), (32, 128, 4, 1)],
+}
+"""Tiles of kernels beside those of the plan, for bfloat16 and heads of 64."""
+
+
+def sweep(case: Case) -> None:
+    """Time of each kernel with other tiles."""
+    given, plan = inputs(case, "cuda", torch.bfloat16), launch._plan
+    call = training(forms_of(case, ("triton",), False)["triton"], given)
+    kernels = {name.partition("_kernel")[0]: ms for name, ms, _ in kernel_times(call)}
+    for kernel, tiles in SWEPT.items():
+        if kernel not in kernels:
+            continue
+        own = getattr(launch.plan_of(given[0], given[1], case.block), kernel)
+        print(f"  {kernel}: {kernels[kernel]:.3f} ms with {tuple(own)}")
+        for tile in tiles:
+            changed = {kernel: Tile(*tile)}
+            launch._plan = lambda *x, changed=changed: plan(*x)._replace(**changed)
+            try:
+                found = {n.partition("_kernel")[0]: ms for n, ms, _ in kernel_times(call)}
+                print(f"    {found[kernel]:.3f} ms with {tile}", flush=True)
+            except Exception as failure:
+                print(f"    {tile} failed: {str(failure).strip().splitlines()[-1][:80]}")
+            finally:
+                launch._plan = plan
+
+
 HEADER = (
     "| case | sizes | dtype | form | forward ms | TFLOP/s | floor | with backward ms | TFLOP/s | "
     "floor | peak GiB | ratio | error |\n" + "|---" * 13 + "|"
@@ -226,23 +262,30 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cases", nargs="+")
     parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--sweep", action="store_true", help="other tiles, nothing else")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: both; float32 (CPU)")
+    parser.add_argument("--no-whole", action="store_true", help="leave out the form `whole`")
     options = parser.parse_args()
     cases, cuda = TINY if options.tiny else CASES, options.device == "cuda"
     chosen = {name: cases[name] for name in options.cases or cases}
     sizes = {} if cuda else {"width": 256, "copied": 2**16}
     top = ceilings(repeats=options.repeats, device=options.device, **sizes)
     print(f"ceilings: {top.matmul:.1f} TFLOP/s in bfloat16, copy {top.copy:.0f} GB/s\n\n{HEADER}")
+    if options.sweep:
+        for name, case in chosen.items():
+            print(name)
+            sweep(case)
+        return
     backends = ("torch", "triton") if cuda else ("torch",)
     for name, case in chosen.items():
-        for dtype in (torch.bfloat16, torch.float32) if cuda else (torch.float32,):
-            given = inputs(case, options.device, dtype)
-            for line in rows(name, case, given, top, backends, options.repeats):
+        for dtype in options.dtypes or (DTYPES if cuda else ("float32",)):
+            given = inputs(case, options.device, getattr(torch, dtype))
+            forms = forms_of(case, backends, not options.no_whole)
+            for line in rows(name, case, given, top, forms, options.repeats):
                 print(line, flush=True)
             if options.kernels and cuda:
-                for kernel, ms, count in kernel_times(
-                    training(forms_of(case, backends)["triton"], given)
-                ):
+                for kernel, ms, count in kernel_times(training(forms["triton"], given)):
                     print(f"    {ms:8.3f} ms {count:3} x {kernel[:90]}", flush=True)
     print(f"\n{machine(('torch',))}")
 

@@ -5,10 +5,11 @@
     python benchmarks/ops_lact.py --cases tiny --device cpu  # whether it runs
 
 Ceilings come first, then the error against float64 of outputs, state and gradients (on a part of
-each case), then forward, and forward plus backward: medians of device events, peak memory above the
-inputs, launches. FLOPs are those of the maths (18 D F a token and head in a chunk that is written,
-6 in the last, 90 D^3 a head and chunk with Muon; three times that with backward), bytes what must
-move at least: q, k, v, o and their gradients.
+each case), then forward, and forward plus backward: medians of device events, of calls from Python
+and of the same launches replayed as one CUDA graph, peak memory above the inputs, launches. FLOPs
+are those of the maths (18 D F a token and head in a chunk that is written, 6 in the last, 90 D^3 a
+head and chunk with Muon; three times that with backward), bytes what must move at least: q, k, v, o
+and their gradients.
 
 The peer, the op published with LaCT under `torch.compile`, cannot be installed. Its figures on one
 H100 (torch 2.11), never to be set beside those of another GPU: B = 1 (4 heads, D = F = 384,
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from op_timing import Ceilings, Timing, ceilings, kernel_times, relative, time_call
+from op_timing import Ceilings, Timing, attempt, ceilings, kernel_times, relative, replayed
 from torch import Tensor
 from torch.nn.functional import normalize, silu
 
@@ -219,16 +220,6 @@ def errors(case: Case, device: str, names: list[str]) -> dict[str, dict[str, flo
     return found
 
 
-def attempt(call: Callable[[], Any], repeats: int, device: str) -> Timing | str:
-    """The timing, or why there is none."""
-    try:
-        return time_call(call, repeats, device=device)
-    except Exception as error:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return f"failed: {(str(error).strip() or type(error).__name__).splitlines()[0][:80]}"
-
-
 def rows(name: str, case: Case, top: Ceilings, options: argparse.Namespace) -> list[str]:
     """The lines of a case: backends, and the loop."""
     x, given = draw(case, options.device)
@@ -238,15 +229,18 @@ def rows(name: str, case: Case, top: Ceilings, options: argparse.Namespace) -> l
         arms[LOOP] = lambda *tensors: loop(*tensors, **given)
     lines = []
     for arm, op in arms.items():
-        cells = [name, arm]
+        cells, graphed = [name, arm], [name, f"{arm}, as a graph"]
         for make in (forward, training):
             call, backward = make(op, x), make is training
-            measured = attempt(call, options.repeats, options.device)
+            measured = attempt(lambda call=call: call, options.repeats, options.device)
             cells += row_part(case, measured, backward, top)
             if options.device == "cuda" and isinstance(measured, Timing):
                 cells[-1] = str(sum(count for _, _, count in kernel_times(call, 2)))
-        lines.append(f"| {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
+                graph = attempt(lambda call=call: replayed(call), options.repeats)
+                graphed += [*row_part(case, graph, backward, top)[:3], "", "1"]
+        for line in (cells, graphed)[: 1 + (len(graphed) > 2)]:
+            lines.append(f"| {' | '.join(line)} |")
+            print(lines[-1], flush=True)
     return lines
 
 

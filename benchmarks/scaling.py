@@ -4,7 +4,8 @@
     python benchmarks/scaling.py --tiny                      # two processes on a CPU, minutes
 
 Every process reads rows of its own, so that twice the processes train twice the tokens (a token of
-the action expert is an action). A cell is a run of Lightning's Trainer in processes of its own:
+the action expert is an action). A cell is a run of Lightning's Trainer in processes of its own,
+the first of which is a copy of one that has imported everything (of the others each imports):
 forward, backward, AdamW, the callbacks of `cli.py`, bf16-mixed (float32 on a CPU), random data from
 memory, carried state. Step times are of device events, without the first `--warmup` steps: their
 median, 10th and 90th percentile. Efficiency is tokens per second over n times those of one process
@@ -16,15 +17,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import multiprocessing
+import os
+import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import lightning.pytorch as pl
 import torch
@@ -113,7 +118,7 @@ def train(
         trainer: options of the Trainer beside those of every cell.
     """
     size, case = TINY if options.tiny else FULL, VARIANTS[variant]
-    cuda = torch.cuda.is_available() and not options.tiny
+    cuda = on_gpu(options)
     clock, steps = Clock(), options.warmup + options.repeats
     pl.Trainer(
         accelerator="gpu" if cuda else "cpu",
@@ -135,12 +140,11 @@ def train(
 
 def measure(options: argparse.Namespace, folder: Path) -> Iterator[str]:
     """Lines of the table, one for every cell; a cell that fails says so and ends nothing."""
-    base = save_base(TINY if options.tiny else FULL, folder)
     for variant in options.variants:
         for strategy in STRATEGIES:
             alone = None
             for processes in options.processes:
-                cell = in_process(__file__, (variant, strategy, processes), options, folder, base)
+                cell = in_process(main, (variant, strategy, processes), options, folder)
                 name = f"| {variant} | {strategy} | {processes} |"
                 if isinstance(cell, str):
                     yield f"{name} failed: {cell} | | | |"
@@ -154,36 +158,120 @@ def measure(options: argparse.Namespace, folder: Path) -> Iterator[str]:
 
 
 def in_process(
-    script: str, cell: Sequence[Any], options: argparse.Namespace, folder: Path, base: Path
+    main: Callable[[], None], cell: Sequence[Any], options: argparse.Namespace, folder: Path
 ) -> dict[str, Any] | str:
-    """What a cell measures in a process of its own; the last line of its error if it fails."""
+    """What a cell measures in a process of its own; the last line of its error if it fails.
+
+    Args:
+        main: of the program; it is called with the cell's command line.
+        cell: names of the cell.
+        options: of the command line.
+        folder: of the base, and for the result.
+    """
     names = [str(part) for part in cell]
     result = folder / f"{'_'.join(names)}.json"
-    command = [sys.executable, script, "--cell", *names, "--result", str(result)]
-    command += ["--base", str(base), "--repeats", str(options.repeats)]
+    command = [os.path.abspath(sys.argv[0]), "--cell", *names, "--result", str(result)]
+    command += ["--base", str(folder / "base"), "--repeats", str(options.repeats)]
     command += ["--warmup", str(options.warmup), *(["--tiny"] if options.tiny else [])]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode or not result.exists():
-        return (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return dict(json.loads(result.read_text()))
+    error = in_copy(partial(_as_command, main, command), result.with_suffix(".log"), options.ends)
+    return error or dict(json.loads(result.read_text()))
+
+
+def _as_command(main: Callable[[], None], command: list[str]) -> None:
+    """Lightning starts the other processes of a cell by the command of the first."""
+    sys.argv = command
+    if torch.cuda._is_in_bad_fork():  # something of an import has touched the device
+        os.execv(sys.executable, [sys.executable, *command])
+    main()
+
+
+def in_copy(call: Callable[[], None], log: Path, ends: float) -> str | None:
+    """Call in a copy of this process, which has imported but never touched the device.
+
+    Args:
+        call: what is called.
+        log: file for its errors.
+        ends: time (`time.monotonic`) when it is ended at the latest.
+
+    Returns:
+        The last line of its error, None without one.
+    """
+    left = ends - time.monotonic()
+    if left <= 0:
+        return "--seconds were over"
+    fork = multiprocessing.get_context("fork")
+    with open(os.devnull, "w") as nothing, log.open("w") as errors:
+        process = fork.Process(target=_call, args=(call, nothing, errors))
+        process.start()
+    try:
+        process.join(None if left == math.inf else left)
+        late = process.is_alive()
+    finally:
+        if process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+    if late:
+        return "ended, as --seconds were over"
+    if process.exitcode:
+        lines = log.read_text().strip().splitlines()
+        return (lines or [f"exit code {process.exitcode}"])[-1]
+    return None
+
+
+def _call(call: Callable[[], None], out: TextIO, errors: TextIO) -> None:
+    os.setpgrp()  # to end it with the processes that it starts
+    sys.stdout, sys.stderr = out, errors
+    os.dup2(out.fileno(), 1)
+    os.dup2(errors.fileno(), 2)
+    call()
+
+
+def prepare(
+    options: argparse.Namespace, folder: Path, survey: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Save the base into a folder, and take stock of the machine.
+
+    Args:
+        options: of the command line.
+        folder: for the base.
+        survey: gives what is known of the machine.
+
+    Raises:
+        SystemExit: one of them fails.
+    """
+    size, found = TINY if options.tiny else FULL, folder / "machine.json"
+
+    def call() -> None:
+        save_base(size, folder, "cuda" if on_gpu(options) else "cpu")
+        write_json(found, survey())
+
+    error = in_copy(call, folder / "machine.log", options.ends)
+    if error:
+        raise SystemExit(error)
+    return dict(json.loads(found.read_text()))
+
+
+def on_gpu(options: argparse.Namespace) -> bool:
+    """Whether the cells run on GPUs."""
+    return torch.cuda.is_available() and not options.tiny
 
 
 def times(milliseconds: list[float]) -> str:
     """Median and spread."""
-    low, *_, high = statistics.quantiles(milliseconds, n=10)
+    low, *_, high = statistics.quantiles(milliseconds, n=10, method="inclusive")
     return f"{statistics.median(milliseconds):.1f} [{low:.1f}, {high:.1f}]"
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = parser_of_cells(__doc__, repeats=30)
+    parser = parser_of_cells(__doc__, warmup=5, repeats=30)
     parser.add_argument("--processes", nargs="+", type=int, help="default: 1 2 4; tiny: 1 2")
-    options = parser.parse_args()
+    options = parse(parser)
     options.processes = options.processes or ([1, 2] if options.tiny else [1, 2, 4])
     return options
 
 
-def parser_of_cells(description: str | None, repeats: int) -> argparse.ArgumentParser:
+def parser_of_cells(description: str | None, warmup: int, repeats: int) -> argparse.ArgumentParser:
     """The options of a table of cells, and those that a cell's own process gets."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -191,12 +279,21 @@ def parser_of_cells(description: str | None, repeats: int) -> argparse.ArgumentP
     parser.add_argument("--tiny", action="store_true", help="small models on the CPU")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--repeats", type=int, default=repeats, help="steps that are timed")
-    parser.add_argument("--warmup", type=int, default=5, help="steps before, at least 1")
+    parser.add_argument("--warmup", type=int, default=warmup, help="steps before, at least 1")
+    seconds = "after the imports, until the table ends at the latest; cells that are left say so"
+    parser.add_argument("--seconds", type=float, default=math.inf, help=seconds)
     parser.add_argument("--out", type=Path, help="file to write")
     parser.add_argument("--cell", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
     return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, and when it ends (`time.monotonic`)."""
+    options = parser.parse_args()
+    options.ends = time.monotonic() + options.seconds
+    return options
 
 
 def write_table(columns: str, rows: Iterator[str], about: str, out: Path | None) -> None:
@@ -210,16 +307,21 @@ def write_table(columns: str, rows: Iterator[str], about: str, out: Path | None)
     print("\n".join(["", *lines, "", about]))
 
 
+def note(options: argparse.Namespace) -> str:
+    """What a reader must know of the figures first."""
+    return "TINY, on a CPU: no figure says anything. " if options.tiny else ""
+
+
 def main() -> None:
     """Measure all cells, print the table, and write it after every cell."""
     options = arguments()
     if options.cell:
         run_cell(options)
         return
-    note = "TINY, on a CPU: no figure says anything. " if options.tiny else ""
-    about = note + str(machine(("torch", "lightning", "transformers")))
-    with tempfile.TemporaryDirectory() as folder:
-        write_table(COLUMNS, measure(options, Path(folder)), about, options.out)
+    survey = partial(machine, ("torch", "lightning", "transformers"))
+    with tempfile.TemporaryDirectory() as name:
+        about = note(options) + str(prepare(options, Path(name), survey))
+        write_table(COLUMNS, measure(options, Path(name)), about, options.out)
 
 
 if __name__ == "__main__":

@@ -76,8 +76,8 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-4)
 
 
-def save_base(size: Size, folder: Path) -> Path:
-    """A language model with random weights, as a folder of the hub."""
+def save_base(size: Size, folder: Path, device: str = "cpu") -> Path:
+    """A language model with random weights, drawn on a device, as a folder of the hub."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=size.vocabulary,
@@ -89,7 +89,8 @@ def save_base(size: Size, folder: Path) -> Path:
         head_dim=size.hidden // size.heads,
         tie_word_embeddings=True,
     )
-    Qwen3ForCausalLM(config).save_pretrained(folder / "base")
+    with torch.device(device):
+        Qwen3ForCausalLM(config).save_pretrained(folder / "base")
     return folder / "base"
 
 

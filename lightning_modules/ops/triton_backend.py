@@ -50,7 +50,8 @@ def dispatch(
     if backend == "auto":
         why = unable(q.device.type, q.dtype, in_graphs) or obstacle()
         backend = "triton" if why is None else next(iter(backends))
-        if not torch.compiler.is_compiling():  # a log would break the graph
+        # A log would break a graph; on the device "meta" nothing runs.
+        if not torch.compiler.is_compiling() and q.device.type != "meta":
             _announce(op, backend, why or "q is on a GPU")
     elif backend == "triton" and backend in backends:
         _require(op, q, obstacle())

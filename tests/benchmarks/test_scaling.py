@@ -1,7 +1,26 @@
-"""The scaling benchmark, shortened: two processes on the CPU, both strategies."""
+"""The scaling benchmark, shortened: two processes on the CPU, both strategies; cells that fail."""
+
+import math
+import time
+from pathlib import Path
 
 import pytest
-from benchmark_cases import run
+from benchmark_cases import load, run
+
+
+def fail() -> None:
+    print("so far")
+    raise ValueError("too large")
+
+
+def test_a_cell_that_fails_or_hangs_is_named_and_ends_nothing(tmp_path: Path) -> None:
+    scaling, log = load("scaling.py"), tmp_path / "log"
+    assert scaling.in_copy(lambda: None, log, math.inf) is None
+    assert scaling.in_copy(fail, log, math.inf) == "ValueError: too large"
+    soon = time.monotonic() + 1
+    assert "--seconds" in scaling.in_copy(lambda: time.sleep(60), log, soon)
+    assert time.monotonic() < soon + 20
+    assert "--seconds" in scaling.in_copy(fail, log, soon)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmark_cases import run
+from benchmark_cases import load, run
 from lact_module_cases import write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,6 +36,25 @@ def test_a_step_is_timed_with_every_adapter_and_new_ones_compute_what_the_base_d
     rows = [line.split("|") for line in text.splitlines() if "[" in line and "p10" not in line]
     assert {row[1].split(",")[0].strip() for row in rows} >= {"TTT-LoRA", "In-Place TTT", "base"}
     assert all(row[6].strip() == "yes" for row in rows)
+
+
+def test_kernels_are_summed_by_what_they_do() -> None:
+    names = {
+        "attention": ["void pytorch_flash::flash_bwd_kernel<cutlass::gemm>", "fmha_cutlassF_bf16"],
+        "Triton kernels of ours": ["scan_kernel", "token_backward_kernel"],
+        "matrix products": ["nvjet_tst_128x256_64x4", "void cublasLt::splitKreduce_kernel<32>"],
+        "other element-wise": ["void at::native::elementwise_kernel<4>", "Memset (Device)"],
+    }
+    module = load("ttt_lora_gpu.py")
+    for kind, of_kind in names.items():
+        assert {module.kind_of(name) for name in of_kind} == {kind}
+    times = [(name, 2.0, 3) for of_kind in names.values() for name in of_kind]
+    lines = module.kernels("an arm", times, longest=1)
+    assert lines[0] == "## an arm: 16.0 ms"
+    assert lines[4:9] == [
+        *(f"| **{n}** | 4.00 | 6 |" for n in names),
+        f"| {times[0][0]} | 2.00 | 3 |",
+    ]
 
 
 def test_matched_sizes_stay_within_the_parameters_of_the_lora() -> None:
