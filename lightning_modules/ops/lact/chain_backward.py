@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_modules.ops.lact import stack
+from lightning_modules.ops.lact import few, stack
 from lightning_modules.ops.lact.call import (
     Call,
     Inputs,
@@ -137,9 +137,13 @@ class Writing:
     def __init__(self, call: Call, x: Inputs, versions: Versions) -> None:
         self.call, self.versions = call, versions
         self.k, self.v, self.rates = written_tokens(call, x)
-        self.drates = torch.empty_like(self.rates)
-        slots = (self.k, self.v, self.rates, self.drates)
-        self.chunks = list(zip(*(tokens.unbind() for tokens in slots), strict=True))
+        parts = 1
+        if call.form.few:
+            parts = few.rate_parts(call.form.hidden, len(versions.low))
+        number, *slots = self.rates.shape
+        self.drates = self.rates.new_empty(number, parts, *slots)
+        tokens = (self.k, self.v, self.rates, self.drates)
+        self.chunks = list(zip(*(each.unbind() for each in tokens), strict=True))
         self.rows = rows_of(x, versions)
         shape, sizes = versions.low.shape, call.sizes
         self.both = versions.low.new_empty(shape[0], shape[2], 2 * shape[3]).unbind()
@@ -199,15 +203,16 @@ class Writing:
 
     def token_gradients(self, x: Inputs) -> tuple[Tensor | None, ...]:
         """Of k, v, rates, and of those that the state held."""
+        drates = self.drates[:, 0] if self.drates.shape[1] == 1 else self.drates.sum(1)
         if self.dmean is not None:
             mean = self.dmean.sum((1, 3)) / self.call.size
-            self.drates[..., -1] = mean.unsqueeze(-1)
+            drates[..., -1] = mean.unsqueeze(-1)
         own, held = [], []
         for name in ("k", "v", "rates"):
             like, before = getattr(x, name), getattr(x, f"held_{name}")
             out = self._room(like)
             back = None if before is None else torch.zeros_like(before)
-            slots = self.drates if name == "rates" else getattr(self, name)
+            slots = drates if name == "rates" else getattr(self, name)
             scatter(slots, out, back, self.call.walk.writes)
             own.append(out)
             held.append(back)

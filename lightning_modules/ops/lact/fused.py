@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from lightning_modules.ops.lact import few
 from lightning_modules.ops.lact.block import Triple
 from lightning_modules.ops.lact.call import Call
 from lightning_modules.ops.lact.carry import begin, end
@@ -70,7 +71,7 @@ def triton_lact(
         sizes = Sizes(batch, heads, w0.shape[2], size, q.dtype)
         call = Call(
             sizes,
-            Form(w0.shape[2], residual, greedy),
+            Form(w0.shape[2], residual, greedy, _is_small(q, chunk_size, len(w0), greedy)),
             walk(layout, batch, heads),
             chunk_size,
             muon_dtype if muon else None,
@@ -81,6 +82,11 @@ def triton_lact(
         o, memory = _run(call, q, tokens, held, memory, learned, dtype)
         new = end(memory, learned, layout, tokens, held, lr.shape[3:], blank=mask is not None)
     return o, new
+
+
+def _is_small(q: Tensor, chunk_size: int, blocks: int, greedy: bool) -> bool:
+    """Whether chunks are written in few launches."""
+    return (blocks == 1 or greedy) and len(q) * q.shape[2] * chunk_size <= few.ROWS
 
 
 def _run(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_modules.ops.lact import few
 from lightning_modules.ops.lact.launch_tokens import (
     read_gate,
     read_gate_backward,
@@ -22,11 +23,16 @@ from lightning_modules.ops.products import wide_product
 
 
 class Form(NamedTuple):
-    """What a stack is beside its weights: F, and two keywords of the op."""
+    """What a stack is beside its weights: F, two keywords of the op, and whether launches count.
+
+    `few`: products are so small, and blocks hand nothing to each other, that chunks are written in
+    few launches (see `few.py`).
+    """
 
     hidden: int
     residual: bool
     greedy: bool
+    few: bool
 
 
 def read(form: Form, blocks: Sequence[Pair], x: Tensor) -> Tensor:
@@ -60,6 +66,8 @@ def read_backward(
 
 def write(form: Form, blocks: Sequence[Pair], k: Tensor, v: Tensor, rates: Tensor) -> list[Pair]:
     """The change of each block: sums over the tokens, wide."""
+    if form.few:
+        return few.write(blocks, k, v, rates)
     inside, x = [], k
     for j, (w02, w1) in enumerate(blocks):
         ph = torch.bmm(x, w02.mT)
@@ -112,8 +120,11 @@ def write_backward(
         k: `[G, C, D]`.
         v: `[G, C, D]`.
         rates: `[G, C, 3 or 4]`.
-        drates: likewise.
+        drates: in parts, as `few.write_backward` has them; without `few` there is one.
     """
+    if form.few:
+        return few.write_backward(blocks, k, v, rates, drates)
+    (drates,) = drates
     if len(blocks) > 1 and not form.greedy:
         return _through_stack(form, blocks, k, v, rates, drates)
     changes, after = [], []

@@ -31,6 +31,26 @@ def store_narrow(pointer, x, mask):
 
 
 @triton.jit
+def written(p, h, u):
+    """`a = u h silu'(p)`, `u g` and `g h`."""
+    s = sigmoid(p)
+    g = p * s
+    return u * h * (s + g * (1.0 - s)), u * g, g * h
+
+
+@triton.jit
+def written_backward(p, h, u, da, dug, dgh):
+    """Gradients of p, h, u from those of what `written` gave."""
+    s = sigmoid(p)
+    g = p * s
+    slope = s + g * (1.0 - s)  # silu'
+    curve = (1.0 - s) * (2.0 * slope - g)  # silu''
+    steep = da * slope
+    dp = (dgh * h + dug * u) * slope + da * u * h * curve
+    return dp, steep * u + dgh * g, steep * h + dug * g
+
+
+@triton.jit
 def element_tile(M, F: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr):
     """Tokens `[BT, 1]`, channels `[1, BF]`, and which exist."""
     m = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)[:, None]
@@ -108,16 +128,14 @@ def write_gate_kernel(
     at = ph + m * PARTS * F + f
     p, h = load_wide(at, real, WIDE), load_wide(at + F, real, WIDE)
     up = load_wide(u + m * U_PARTS * F + f, real, WIDE)
-    s = sigmoid(p)
-    g = p * s
-    a, ug = up * h * (s + g * (1.0 - s)), up * g
+    a, ug, gh = written(p, h, up)
     if SCALED:
         rate = rates + m * R
         lr0, lr1 = load_wide(rate, m < M, WIDE), load_wide(rate + 1, m < M, WIDE)
         lr2 = load_wide(rate + 2, m < M, WIDE)
         store_narrow(scaled + m * 2 * F + f, lr0 * a, real)
         store_narrow(scaled + m * 2 * F + F + f, lr2 * ug, real)
-        store_narrow(hidden + m * F + f, lr1 * g * h, real)
+        store_narrow(hidden + m * F + f, lr1 * gh, real)
     if PLAIN:
         store_narrow(plain + m * 2 * F + f, a, real)
         store_narrow(plain + m * 2 * F + F + f, ug, real)
@@ -162,25 +180,21 @@ def write_gate_backward_kernel(
         da = load_wide(pa + four + 2 * F, real, WIDE)
         dug = load_wide(pa + four + 3 * F, real, WIDE)
         u, dhidden = load_wide(ud + two, real, WIDE), load_wide(ud + two + F, real, WIDE)
-        s = sigmoid(p)
-        g = p * s
-        slope = s + g * (1.0 - s)  # silu'
-        curve = (1.0 - s) * (2.0 * slope - g)  # silu''
-        a, ug = u * h * slope, u * g
+        a, ug, gh = written(p, h, u)
         d0 += tl.sum(da * a, 1)
-        d1 += tl.sum(dhidden * g * h, 1)
+        d1 += tl.sum(dhidden * gh, 1)
         d2 += tl.sum(dug * ug, 1)
         da, dug, dhidden = da * lr0[:, None], dug * lr2[:, None], dhidden * lr1[:, None]
         if EXTRA:
             da += load_wide(extra + two, real, WIDE)
             dug += load_wide(extra + two + F, real, WIDE)
-        steep = da * slope
-        store_narrow(pa_out + four, (dhidden * h + dug * u) * slope + da * u * h * curve, real)
-        store_narrow(pa_out + four + F, steep * u + dhidden * g, real)
+        dp, dh, du = written_backward(p, h, u, da, dug, dhidden)
+        store_narrow(pa_out + four, dp, real)
+        store_narrow(pa_out + four + F, dh, real)
         store_narrow(pa_out + four + 2 * F, lr0[:, None] * a, real)
         store_narrow(pa_out + four + 3 * F, lr2[:, None] * ug, real)
-        store_narrow(ud_out + two, steep * h + dug * g, real)
-        store_narrow(ud_out + two + F, lr1[:, None] * g * h, real)
+        store_narrow(ud_out + two, du, real)
+        store_narrow(ud_out + two + F, lr1[:, None] * gh, real)
     if ADD:
         d0 += load_wide(drates + rate, m < M, WIDE)
         d1 += load_wide(drates + rate + 1, m < M, WIDE)
