@@ -248,7 +248,8 @@ class TTTLoraLinear(nn.Module, TTTLoraLayer, InDeepContext):
         """Adapters that have a part in the output."""
         if self.disable_adapters:
             return []
-        return [name for name in self.active_adapters if name in self.ttt_lora_cells]
+        cells = self.ttt_lora_cells  # a module's own look-up takes long
+        return [name for name in self.active_adapters if name in cells]
 
     def _add(self, cell: TTTLoRACell, y: Tensor, read: Tensor, weight: Tensor | None) -> Tensor:
         """y with what an adapter adds."""

@@ -67,7 +67,8 @@ def state_of(call: Call, after: Sequence[Tensor]) -> TTTLoRAState:
     """The state from the change, the open mini-batch and the progress after a call."""
     change, *held, counted = after
     progress = call.plan.progress or counted.unbind(0)
-    return TTTLoRAState(change[..., :-1, :], change[..., -1, :], *held, *progress)
+    d = change.shape[-1]
+    return TTTLoRAState(change.narrow(2, 0, d), change.select(2, d), *held, *progress)
 
 
 def one_matrix(dw: Tensor | None, db: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -147,7 +148,7 @@ def kernel_backward(
         )
     found = backward(call, saved[:3], saved[3:-2], saved[-2:], grads, of_state)
     of_eta, of_base, change, *rest = found
-    both = (None, None) if change is None else (change[..., :-1, :], change[..., -1, :])
+    both = (None, None) if change is None else (change[:, :, :-1], change[:, :, -1])
     return of_eta, of_base, *both, *rest
 
 

@@ -304,4 +304,6 @@ def warps(tile: int, d: int, few: int) -> dict[str, int]:
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
