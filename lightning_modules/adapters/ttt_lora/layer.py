@@ -150,12 +150,13 @@ class SiblingGroup:
         layers = self.layers.alive() if packed is not None else []
         if packed is None or not layers or packed.weights.dtype != x.dtype:
             return None
-        bases = [layer.base_layer for layer in layers if layer.names == [self.adapter_name]]
-        if len(bases) < len(layers):
-            return None
-        if not all(is_plain(base, x.dtype) for base in bases):
-            return None
-        weights, biases = [base.weight for base in bases], [base.bias for base in bases]
+        weights, biases, names = [], [], [self.adapter_name]
+        for layer in layers:
+            base = layer.base_layer
+            if layer.names != names or not is_plain(base, x.dtype):
+                return None
+            weights.append(base._parameters["weight"])
+            biases.append(base._parameters["bias"])
         scaling = self.cells[0].options.scaling
         return Linears(x, packed.weights, weights, biases, packed.outputs, scaling)
 

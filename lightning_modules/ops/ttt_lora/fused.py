@@ -58,9 +58,10 @@ def prepare(
     """The state's integers, dw and db, and the others that `kernel_forward` takes."""
     if state is None:
         return (None,) * 3, (None,) * 2, (None, None, None, norm, output_norm, *tokens)
-    held = (x.to(base.dtype).contiguous() for x in state[2:5])
-    before = tuple(x.contiguous() for x in state[5:])
-    return before, state[:2], (*held, norm, output_norm, *tokens)
+    dtype = base.dtype  # to ask is faster than a copy that copies nothing
+    held = (x if x.dtype == dtype else x.to(dtype) for x in state[2:5])
+    before = tuple([x.contiguous() for x in state[5:]])
+    return before, state[:2], (*(x.contiguous() for x in held), norm, output_norm, *tokens)
 
 
 def state_of(call: Call, after: Sequence[Tensor]) -> TTTLoRAState:

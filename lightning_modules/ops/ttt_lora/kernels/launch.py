@@ -239,8 +239,9 @@ def split(tokens: Sequence[Tensor], base: Tensor) -> Sequence[Tensor]:
         return tokens
     (group, _, d), x = base.shape, tokens[0]
     rows, times, columns = x.stride()
-    strides = (group * d * columns, rows, times, d * columns, columns)
-    k, q, v = x.as_strided((3, *x.shape[:2], group, d), strides, x.storage_offset()).unbind(0)
+    shape, strides, first = (*x.shape[:2], group, d), (rows, times, d * columns, columns), group * d
+    begin = x.storage_offset()
+    k, q, v = (x.as_strided(shape, strides, begin + n * first * columns) for n in range(3))
     return q, k, v
 
 
