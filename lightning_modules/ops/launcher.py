@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from torch import Tensor
-
 Grid = tuple[int, int, int]
 
 
@@ -37,7 +35,7 @@ class Launcher:
         self.compiled: dict[Any, tuple[Any, tuple[None, ...]]] = {}
 
     def __call__(
-        self, grid: Grid, tensors: Sequence[Tensor], numbers: tuple[float, ...], options: Options
+        self, grid: Grid, tensors: Sequence[Any], numbers: tuple[float, ...], options: Options
     ) -> None:
         """`kernel[grid](*tensors, *numbers, **options)`, on the tensors' device, the current one.
 

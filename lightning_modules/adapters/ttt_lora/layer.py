@@ -56,8 +56,8 @@ class Layers:
 
     def alive(self) -> list[TTTLoraLinear]:
         """All of them; none if one is gone."""
-        layers = [reference() for reference in self.references]
-        return [] if None in layers else [layer for layer in layers if layer is not None]
+        layers = [layer for x in self.references if (layer := x()) is not None]
+        return layers if len(layers) == len(self.references) else []
 
     def __reduce__(self) -> tuple[type[Layers], tuple[list[TTTLoraLinear]]]:
         """Copied and pickled models have their own."""
@@ -247,7 +247,7 @@ class TTTLoraLinear(nn.Module, TTTLoraLayer, InDeepContext):
     @property
     def names(self) -> list[str]:
         """Adapters that have a part in the output."""
-        if self.disable_adapters:
+        if self._disable_adapters:
             return []
         cells = self.ttt_lora_cells  # a module's own look-up takes long
         return [name for name in self.active_adapters if name in cells]

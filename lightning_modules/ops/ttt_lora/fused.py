@@ -82,8 +82,11 @@ def one_matrix(dw: Tensor | None, db: Tensor | None, dtype: torch.dtype) -> Tens
     batch, group, d, _ = dw.shape
     shape, strides = (batch, group, d + 1, d), (group * (d + 1) * d, (d + 1) * d, d, 1)
     together = dw.dtype == db.dtype == dtype and dw.stride() == strides
-    together = together and db.stride() == (*strides[:2], 1)
-    if together and db.data_ptr() == dw.data_ptr() + d * d * dw.element_size():
+    if (
+        together
+        and db.stride() == (*strides[:2], 1)
+        and db.data_ptr() == dw.data_ptr() + d * d * dw.element_size()
+    ):
         storage = dw.untyped_storage()
         if storage.data_ptr() == db.untyped_storage().data_ptr():
             return dw.as_strided(shape, strides)

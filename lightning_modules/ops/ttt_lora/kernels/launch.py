@@ -262,7 +262,7 @@ def given(tensors: Sequence[Tensor | None], other: Tensor) -> list[Tensor]:
     return [other if x is None else x for x in tensors]
 
 
-def options(call: Call, base: Tensor, few: int, norm: bool, state: bool, **more: Any) -> Options:
+def options(call: Call, base: Tensor, few: int, norm: bool, state: bool, /, **more: Any) -> Options:
     """What a kernel is compiled for: sizes, features, and warps, see `warps`.
 
     Args:
