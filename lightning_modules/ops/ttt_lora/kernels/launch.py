@@ -109,8 +109,7 @@ def backward(
     of_pending, of_base, of_start = (exact(batch, group, *matrix) for _ in "pbs")
     features, outputs = (norm is not None, start is not None), output_options(call, output_norm)
     numbers = (*strides(q, eta), time, blocks, plan.slots, group, call.eps)
-    placed = given((plan.entries, plan.rows, plan.mask), k)
-    norms = given((before[0], norm, output_norm), k)
+    around = given((before[0], norm, output_norm, plan.entries, plan.rows, plan.mask), k)
     new = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tokens]
     of_eta = exact(batch, time, group) if per_token else base
     of_held: Given = (None, None, None)
@@ -120,13 +119,13 @@ def backward(
     with on_device(q):
         read_backward(
             (blocks, rows, 1),
-            (q, k, v, eta, base, *norms, *placed, *kept, grad_o, reads, of_error),
+            (q, k, v, eta, base, *around, *kept, grad_o, reads, of_error),
             (*numbers, call.output_eps),
             options(call, base, READING, *features, **outputs),
         )
         scan_backward(
             (rows, 1, 1),
-            (k, v, eta, base, *given((start, *pending, before[0], norm), k), *placed, kept[0],
+            (k, v, eta, base, *given((start, *pending, before[0], norm), k), *around[3:], kept[0],
              *given((change,), k), reads, of_error, pulls, of_pending, of_base, of_start),
             numbers,
             options(call, base, SCANNING, *features, FINAL=change is not None),
@@ -134,7 +133,7 @@ def backward(
         per_call = options_of_sums(sums, blocks, opened) | behind(tokens, base)
         token_backward(
             (blocks, rows, 1),
-            (q, k, v, eta, base, *norms, *placed, *kept, grad_o, pulls, of_error,
+            (q, k, v, eta, base, *around, *kept, grad_o, pulls, of_error,
              *given(opened, k), of_q, of_k, of_v, of_eta, sums),
             (*numbers[:6], *of_q.stride()[:3], *numbers[6:], call.output_eps),
             options(call, base, READING, *features, PER_TOKEN=per_token, **outputs, **per_call),
