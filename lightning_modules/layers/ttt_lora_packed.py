@@ -187,17 +187,16 @@ def _products(
         weights.append(next(parts).view(shape.rows, shape.inputs))
         rooms += shape.cut_rows(weights[-1])
         thetas += [next(parts).view(n, shape.width) for n in shape.outputs]
-    given, padded, narrow = [*maps], [], []
+    given, padded = [*maps], []
     for theta, x in zip(thetas, outputs, strict=True):
         if theta.shape == x.shape:
             rooms.append(theta)
             given.append(x)
         else:
-            padded.append(theta.narrow(1, 0, x.shape[1]))
-            narrow.append(x)
+            padded.append((theta[:, : x.shape[1]], x))
     torch._foreach_copy_(rooms, given)
-    if narrow:  # rooms have other strides: it would be a launch for each of all
-        torch._foreach_copy_(padded, narrow)
+    for room, x in padded:  # other strides than x has: never one launch for all
+        room.copy_(x)
     return weights, thetas
 
 
