@@ -53,7 +53,10 @@ def is_plain(layer: nn.Module, dtype: torch.dtype) -> bool:
         or torch._C._len_torch_dispatch_stack()
     ):
         return False
-    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    own = layer._parameters
+    if "weight" not in own or "bias" not in own:  # flattened or replaced: no parameters any more
+        return False
+    weight, bias = own["weight"], own["bias"]
     return _is_frozen(weight, dtype) and (bias is None or _is_frozen(bias, dtype))
 
 
