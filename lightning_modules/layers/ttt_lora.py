@@ -90,7 +90,7 @@ class TTTLoRACell(nn.Module):
         super().__init__()
         if inner_dim < 1:
             raise ValueError(f"inner_dim={inner_dim} must be at least 1")
-        self.options = options
+        self.options, self.inner_dim = options, inner_dim
         self.theta_k = nn.Linear(in_features, inner_dim, bias=False)
         self.theta_q = nn.Linear(in_features, inner_dim, bias=False)
         self.theta_v = nn.Linear(in_features, inner_dim, bias=False)
@@ -101,11 +101,6 @@ class TTTLoRACell(nn.Module):
         self.lr_token = nn.Linear(in_features, 1, bias=False) if options.rate_per_token else None
         self.theta_out = nn.Linear(inner_dim, out_features, bias=False)
         self.reset_parameters()
-
-    @property
-    def inner_dim(self) -> int:
-        """d."""
-        return len(self.b_base)
 
     def reset_parameters(self) -> None:
         """Projections as LoRA's A, a small fast weight, and an output of zero."""
@@ -245,7 +240,7 @@ def read_and_learn(
         For `TTTLoRACell.output`, `[B, T, G, d]` (perhaps with zeros behind d), or the outputs of
         `linears`, and the state after the last token.
     """
-    options, norms = cells[0].options, [cell.norm for cell in cells if cell.norm is not None]
+    options, first = cells[0].options, cells[0].norm
     base, norm = (packed.base, packed.norm) if packed is not None else _stacked(cells)
     return ttt_lora_cell(
         inputs.projected,
@@ -255,7 +250,7 @@ def read_and_learn(
         mode=options.mode,
         loss=options.loss,
         norm=norm,
-        norm_eps=norms[0].eps if norms else 1e-5,
+        norm_eps=1e-5 if first is None else first.eps,
         q_residual=options.q_residual,
         mask=mask,
         document_ids=document_ids,

@@ -41,15 +41,27 @@ def is_plain(layer: nn.Module, dtype: torch.dtype) -> bool:
     """
     if type(layer) is not nn.Linear or "forward" in layer.__dict__:
         return False
-    own = (layer._forward_pre_hooks, layer._forward_hooks)
-    own += (layer._backward_pre_hooks, layer._backward_hooks)
-    everywhere = (modules._global_forward_pre_hooks, modules._global_forward_hooks)
-    everywhere += (modules._global_backward_pre_hooks, modules._global_backward_hooks)
-    if any(own) or any(everywhere) or torch._C._len_torch_dispatch_stack():
+    if (
+        layer._forward_pre_hooks
+        or layer._forward_hooks
+        or layer._backward_pre_hooks
+        or layer._backward_hooks
+        or modules._global_forward_pre_hooks
+        or modules._global_forward_hooks
+        or modules._global_backward_pre_hooks
+        or modules._global_backward_hooks
+        or torch._C._len_torch_dispatch_stack()
+    ):
         return False
-    parameters = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
-    frozen = (type(p) is nn.Parameter and not p.requires_grad for p in parameters)
-    return all(frozen) and all(p.dtype == dtype for p in parameters)
+    own = layer._parameters
+    if "weight" not in own or "bias" not in own:  # flattened or replaced: no parameters any more
+        return False
+    weight, bias = own["weight"], own["bias"]
+    return _is_frozen(weight, dtype) and (bias is None or _is_frozen(bias, dtype))
+
+
+def _is_frozen(x: Tensor | None, dtype: torch.dtype) -> bool:
+    return type(x) is nn.Parameter and not x.requires_grad and x.dtype == dtype
 
 
 class _AddProduct(torch.autograd.Function):

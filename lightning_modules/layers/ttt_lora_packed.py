@@ -82,8 +82,9 @@ class Packing:
         if self.rates_per_token:
             return None
         flat = self._parameters()
-        kind, device = flat[0].dtype, flat[0].device
-        if any(type(x) is not nn.Parameter or x.dtype != kind or x.device != device for x in flat):
+        if {*map(type, flat)} != {nn.Parameter}:
+            return None
+        if len({x.dtype for x in flat}) > 1 or len({x.device for x in flat}) > 1:
             return None
         parts = iter(_Pack.apply(self.shapes, dtype, *flat))
         return [
@@ -97,18 +98,18 @@ class Packing:
             for shape in self.shapes
         ]
 
-    def _parameters(self) -> list[Tensor]:
-        """Maps, outputs, fast weights and norms, gates: each group by group."""
+    def _parameters(self) -> list[Any]:
+        """Maps, outputs, fast weights and norms, gates: each group by group; None: not there."""
         maps, outputs, exact, gates = [], [], [], []
         for cells in self.groups:
             # Looked up here, as a module's own look-up of 63 parameters costs as much as ten ops.
             modules, own = [cell._modules for cell in cells], [cell._parameters for cell in cells]
             for name in ("theta_k", "theta_q", "theta_v"):
-                maps += [found[name].weight for found in modules]
-            outputs += [found["theta_out"].weight for found in modules]
+                maps += [found[name]._parameters.get("weight") for found in modules]
+            outputs += [found["theta_out"]._parameters.get("weight") for found in modules]
             exact += [found[name] for found in own for name in ("w_base", "b_base")]
-            norms = [norm for found in modules if (norm := found.get("norm")) is not None]
-            exact += [x for norm in norms for x in (norm.weight, norm.bias)]
+            norms = [x._parameters for found in modules if (x := found.get("norm")) is not None]
+            exact += [norm.get(name) for norm in norms for name in ("weight", "bias")]
             gates += [found["lr_gate"] for found in own]
         return [*maps, *outputs, *exact, *gates]
 
@@ -124,7 +125,7 @@ class _Pack(torch.autograd.Function):
         maps, outputs, others = flat[: 3 * cells], flat[3 * cells : 4 * cells], flat[4 * cells :]
         weights, thetas = _products(shapes, dtype, maps, outputs)
         exactly = torch.promote_types(dtype, torch.float32)
-        exact = torch.cat([x.reshape(-1) for x in others]).to(exactly)
+        exact = torch._utils._flatten_dense_tensors(others).to(exactly)
         sizes = [n for s in shapes for n in (s.count * (s.d + 1) * s.d, 2 * s.count * s.d * s.norm)]
         *parts, gates = exact.split_with_sizes([*sizes, cells])
         eta = gates.sigmoid()

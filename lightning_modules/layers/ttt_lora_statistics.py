@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from lightning_modules.streams import FastState
 
 
-@torch.no_grad()
 def publish_statistics(
     cells: Sequence[TTTLoRACell],
     fast_state: FastState,
@@ -38,8 +37,21 @@ def publish_statistics(
         document_ids: `[B, T]`; None: one document.
         states: before the call (None: fresh) and after it.
     """
-    if not (fast_state.listens("fast_weight") or fast_state.listens("inner_loss")):
-        return
+    if fast_state.listens("fast_weight") or fast_state.listens("inner_loss"):
+        _publish(cells, fast_state, slot, inputs, mask, document_ids, states)
+
+
+@torch.no_grad()
+def _publish(
+    cells: Sequence[TTTLoRACell],
+    fast_state: FastState,
+    slot: str,
+    inputs: Inputs,
+    mask: Tensor | None,
+    document_ids: Tensor | None,
+    states: tuple[TTTLoRAState | None, TTTLoRAState],
+) -> None:
+    """See `publish_statistics`; without listeners even `no_grad` would be felt in every call."""
     before, after = states
     w_base = torch.stack([cell.w_base for cell in cells])
     exists = torch.ones_like(inputs.k[..., 0, 0], dtype=torch.bool) if mask is None else mask

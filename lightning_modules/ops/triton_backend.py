@@ -53,6 +53,7 @@ def dispatch(
         # A log would break a graph; on the device "meta" nothing runs.
         if not torch.compiler.is_compiling() and q.device.type != "meta":
             _announce(op, backend, why or "q is on a GPU")
+        return backends[backend]
     elif backend == "triton" and backend in backends:
         _require(op, q, obstacle())
     return select_backend(op, backend, backends)

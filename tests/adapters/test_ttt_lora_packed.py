@@ -272,6 +272,12 @@ def test_only_a_frozen_linear_layer_without_hooks_is_plain() -> None:
     hooked[1].register_full_backward_hook(lambda module, before, after: None)
     hooked[2].forward = lambda x: x
     assert not any(is_plain(module, dtype) for module in hooked)
+    for name in ("weight", "bias"):  # as FSDP does that flattens parameters
+        layer = nn.Linear(2, 3).requires_grad_(False)
+        value = getattr(layer, name).data
+        delattr(layer, name)
+        setattr(layer, name, value)
+        assert not is_plain(layer, dtype), name
 
 
 @pytest.mark.slow  # 20 seconds: Triton's interpreter

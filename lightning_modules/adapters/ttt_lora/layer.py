@@ -56,8 +56,8 @@ class Layers:
 
     def alive(self) -> list[TTTLoraLinear]:
         """All of them; none if one is gone."""
-        layers = [reference() for reference in self.references]
-        return [] if None in layers else [layer for layer in layers if layer is not None]
+        layers = [layer for x in self.references if (layer := x()) is not None]
+        return layers if len(layers) == len(self.references) else []
 
     def __reduce__(self) -> tuple[type[Layers], tuple[list[TTTLoraLinear]]]:
         """Copied and pickled models have their own."""
@@ -150,12 +150,13 @@ class SiblingGroup:
         layers = self.layers.alive() if packed is not None else []
         if packed is None or not layers or packed.weights.dtype != x.dtype:
             return None
-        bases = [layer.base_layer for layer in layers if layer.names == [self.adapter_name]]
-        if len(bases) < len(layers):
-            return None
-        if not all(is_plain(base, x.dtype) for base in bases):
-            return None
-        weights, biases = [base.weight for base in bases], [base.bias for base in bases]
+        weights, biases, names = [], [], [self.adapter_name]
+        for layer in layers:
+            base = layer.base_layer
+            if layer.names != names or not is_plain(base, x.dtype):
+                return None
+            weights.append(base._parameters["weight"])
+            biases.append(base._parameters["bias"])
         scaling = self.cells[0].options.scaling
         return Linears(x, packed.weights, weights, biases, packed.outputs, scaling)
 
@@ -246,9 +247,10 @@ class TTTLoraLinear(nn.Module, TTTLoraLayer, InDeepContext):
     @property
     def names(self) -> list[str]:
         """Adapters that have a part in the output."""
-        if self.disable_adapters:
+        if self._disable_adapters:
             return []
-        return [name for name in self.active_adapters if name in self.ttt_lora_cells]
+        cells = self.ttt_lora_cells  # a module's own look-up takes long
+        return [name for name in self.active_adapters if name in cells]
 
     def _add(self, cell: TTTLoRACell, y: Tensor, read: Tensor, weight: Tensor | None) -> Tensor:
         """y with what an adapter adds."""

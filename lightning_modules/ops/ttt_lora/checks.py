@@ -117,6 +117,10 @@ def _check_state(
     state: TTTLoRAState, batch: int, group: tuple[int, ...], size: int, slots: int
 ) -> None:
     check_state_class(state, TTTLoRAState)
+    wide, rows = (batch, slots, *group, size), (batch,)
+    changes = ((batch, *group, size, size), (batch, *group, size))
+    if [x.shape for x in state] == [*changes, wide, wide, wide[:-1], rows, rows, rows]:
+        return
     check_shape("state.dw", state.dw, (batch, *group, size, size))
     check_shape("state.db", state.db, (batch, *group, size))
     if state.pending_k.shape[1] != slots:

@@ -1,7 +1,6 @@
 """Which backend a call of TTT-as-LoRA takes, and why."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,8 +34,9 @@ def choose_backend(backend: str, q: Tensor, d: int, mini_batch_size: int) -> Cal
         ValueError: there is no such backend, or "triton" does not take such inputs.
         RuntimeError: "triton" was asked for where it cannot run.
     """
-    obstacle = partial(_obstacle, d, mini_batch_size)
-    return triton_backend.dispatch("ttt_lora", backend, BACKENDS, q, obstacle, in_graphs=True)
+    return triton_backend.dispatch(
+        "ttt_lora", backend, BACKENDS, q, lambda: _obstacle(d, mini_batch_size), in_graphs=True
+    )
 
 
 def takes_kernels(x: Tensor, dtype: torch.dtype, d: int, mini_batch_size: int) -> bool:

@@ -58,16 +58,18 @@ def prepare(
     """The state's integers, dw and db, and the others that `kernel_forward` takes."""
     if state is None:
         return (None,) * 3, (None,) * 2, (None, None, None, norm, output_norm, *tokens)
-    held = (x.to(base.dtype).contiguous() for x in state[2:5])
-    before = tuple(x.contiguous() for x in state[5:])
-    return before, state[:2], (*held, norm, output_norm, *tokens)
+    dtype = base.dtype  # to ask is faster than a copy that copies nothing
+    held = (x if x.dtype == dtype else x.to(dtype) for x in state[2:5])
+    before = tuple([x.contiguous() for x in state[5:]])
+    return before, state[:2], (*(x.contiguous() for x in held), norm, output_norm, *tokens)
 
 
 def state_of(call: Call, after: Sequence[Tensor]) -> TTTLoRAState:
     """The state from the change, the open mini-batch and the progress after a call."""
     change, *held, counted = after
     progress = call.plan.progress or counted.unbind(0)
-    return TTTLoRAState(change[..., :-1, :], change[..., -1, :], *held, *progress)
+    d = change.shape[-1]
+    return TTTLoRAState(change.narrow(2, 0, d), change.select(2, d), *held, *progress)
 
 
 def one_matrix(dw: Tensor | None, db: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -80,8 +82,11 @@ def one_matrix(dw: Tensor | None, db: Tensor | None, dtype: torch.dtype) -> Tens
     batch, group, d, _ = dw.shape
     shape, strides = (batch, group, d + 1, d), (group * (d + 1) * d, (d + 1) * d, d, 1)
     together = dw.dtype == db.dtype == dtype and dw.stride() == strides
-    together = together and db.stride() == (*strides[:2], 1)
-    if together and db.data_ptr() == dw.data_ptr() + d * d * dw.element_size():
+    if (
+        together
+        and db.stride() == (*strides[:2], 1)
+        and db.data_ptr() == dw.data_ptr() + d * d * dw.element_size()
+    ):
         storage = dw.untyped_storage()
         if storage.data_ptr() == db.untyped_storage().data_ptr():
             return dw.as_strided(shape, strides)
@@ -147,7 +152,7 @@ def kernel_backward(
         )
     found = backward(call, saved[:3], saved[3:-2], saved[-2:], grads, of_state)
     of_eta, of_base, change, *rest = found
-    both = (None, None) if change is None else (change[..., :-1, :], change[..., -1, :])
+    both = (None, None) if change is None else (change[:, :, :-1], change[:, :, -1])
     return of_eta, of_base, *both, *rest
 
 

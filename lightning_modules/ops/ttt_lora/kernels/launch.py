@@ -9,6 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from lightning_modules.ops.launcher import Launcher, Options
 from lightning_modules.ops.tile_size import padded
 from lightning_modules.ops.ttt_lora.call import Call, held_get_gradients
 from lightning_modules.ops.ttt_lora.kernels.backward import (
@@ -22,6 +23,10 @@ from lightning_modules.ops.ttt_lora.kernels.tokens import (
 )
 
 Given = Sequence[Tensor | None]
+
+scan, read = Launcher(scan_kernel), Launcher(read_kernel)
+scan_backward, read_backward = Launcher(scan_backward_kernel), Launcher(read_backward_kernel)
+token_backward, pending_back = Launcher(token_backward_kernel), Launcher(pending_backward_kernel)
 
 
 def forward(
@@ -37,26 +42,29 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """What `_Fused` returns: the fields of `Result`, and the changes kept for backward."""
     q, k, v = split(tokens, base)
-    batch, time, group, d = q.shape
+    batch, time, group, _ = q.shape
     eta, plan = eta.expand(batch, time, group), call.plan
     results = room_forward(call, base, tokens)
     o, change, open_k, open_v, open_eta, progress, kept, kept_open = results
-    shape, common = strides(q, eta), options(call, q, base, norm, start)
-    extent = (time, plan.blocks, plan.slots, group)
-    placed = given((plan.entries, plan.rows, plan.mask), k)
+    numbers = (*strides(q, eta), time, plan.blocks, plan.slots, group, call.eps)
+    features = (norm is not None, start is not None)
+    entries, rows, mask = given((plan.entries, plan.rows, plan.mask), k)
+    first, held_k, held_v, held_eta, count, seen, documents, inside, behind = given(
+        (start, *pending, *before, norm, output_norm), k
+    )
     with on_device(q):
-        scan_kernel[(batch * group,)](
-            *(k, v, eta, base),
-            *given((start, *pending, *before, norm), k),
-            *(*placed, kept, kept_open, change, open_k, open_v, open_eta, progress),
-            *(*shape, *extent, call.eps),
-            **(common | warps(call, d, SCANNING)),
-        )
-        read_kernel[(plan.blocks, batch * group)](
-            *(q, k, v, eta, base),
-            *given((before[0], norm, output_norm), k),
-            *(*placed, kept, kept_open, o, *shape, *extent, call.eps, call.output_eps),
-            **(common | output_options(call, output_norm) | warps(call, d, READING)),
+        scan(
+            (batch * group, 1, 1),
+            (k, v, eta, base, first, held_k, held_v, held_eta, count, seen, documents, inside,
+             entries, rows, mask, kept, kept_open, change, open_k, open_v, open_eta, progress),
+            numbers,
+            options(call, base, SCANNING, *features),
+        )  # fmt: skip
+        read(
+            (plan.blocks, batch * group, 1),
+            (q, k, v, eta, base, count, inside, behind, entries, rows, mask, kept, kept_open, o),
+            (*numbers, call.output_eps),
+            options(call, base, READING, *features, **output_options(call, output_norm)),
         )
     return results
 
@@ -99,12 +107,9 @@ def backward(
     reads, pulls = (exact(batch, group, blocks, *matrix) for _ in "rp")
     of_error = exact(q.shape) if call.mode_b else exact(0)
     of_pending, of_base, of_start = (exact(batch, group, *matrix) for _ in "pbs")
-    common, outputs = options(call, q, base, norm, start), output_options(call, output_norm)
-    extent, eps = (time, blocks, plan.slots, group), (call.eps, call.output_eps)
-    shape = strides(q, eta)
-    reading = warps(call, d, READING)
-    placed = given((plan.entries, plan.rows, plan.mask), k)
-    norms = given((before[0], norm, output_norm), k)
+    features, outputs = (norm is not None, start is not None), output_options(call, output_norm)
+    numbers = (*strides(q, eta), time, blocks, plan.slots, group, call.eps)
+    around = given((before[0], norm, output_norm, plan.entries, plan.rows, plan.mask), k)
     new = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tokens]
     of_eta = exact(batch, time, group) if per_token else base
     of_held: Given = (None, None, None)
@@ -112,27 +117,30 @@ def backward(
     sums, sizes = room_for_sums(base, rows, blocks, (norm, output_norm), per_token, held)
     of_q, of_k, of_v = split(new, base)
     with on_device(q):
-        read_backward_kernel[(blocks, rows)](
-            *(q, k, v, eta, base, *norms, *placed, *kept, grad_o, reads, of_error),
-            *(*shape, *extent, *eps),
-            **(common | outputs | reading),
+        read_backward(
+            (blocks, rows, 1),
+            (q, k, v, eta, base, *around, *kept, grad_o, reads, of_error),
+            (*numbers, call.output_eps),
+            options(call, base, READING, *features, **outputs),
         )
-        scan_backward_kernel[(rows,)](
-            *(k, v, eta, base, *given((start, *pending, before[0], norm), k), *placed, kept[0]),
-            *given((change,), k),
-            *(reads, of_error, pulls, of_pending, of_base, of_start, *shape, *extent, call.eps),
-            **(common | {"FINAL": change is not None} | warps(call, d, SCANNING)),
-        )
-        token_backward_kernel[(blocks, rows)](
-            *(q, k, v, eta, base, *norms, *placed, *kept, grad_o, pulls, of_error),
-            *given(opened, k),
-            *(of_q, of_k, of_v, of_eta, sums, *shape, *of_q.stride()[:3], *extent, *eps),
-            **(common | outputs | reading | {"PER_TOKEN": per_token}),
-            **(options_of_sums(sums, blocks, opened) | behind(tokens, base)),
-        )
+        scan_backward(
+            (rows, 1, 1),
+            (k, v, eta, base, *given((start, *pending, before[0], norm), k), *around[3:], kept[0],
+             *given((change,), k), reads, of_error, pulls, of_pending, of_base, of_start),
+            numbers,
+            options(call, base, SCANNING, *features, FINAL=change is not None),
+        )  # fmt: skip
+        per_call = options_of_sums(sums, blocks, opened) | behind(tokens, base)
+        token_backward(
+            (blocks, rows, 1),
+            (q, k, v, eta, base, *around, *kept, grad_o, pulls, of_error,
+             *given(opened, k), of_q, of_k, of_v, of_eta, sums),
+            (*numbers[:6], *of_q.stride()[:3], *numbers[6:], call.output_eps),
+            options(call, base, READING, *features, PER_TOKEN=per_token, **outputs, **per_call),
+        )  # fmt: skip
         if held:
-            state, places = (*pending, base, start, before[0], norm), (time, blocks)
-            of_held = pending_backward(call, state, of_pending, opened, sums, places, common)
+            state, places = (*pending, base, start, before[0], norm), (time, blocks, group)
+            of_held = pending_backward(call, state, of_pending, opened, sums, places)
     summed_rates, *of_norms = summed(sums, sizes, (batch, group, d))
     of_rates = of_eta if per_token else summed_rates.sum_to_size(rates.shape)
     of_change = of_start if start is not None else None
@@ -193,22 +201,22 @@ def pending_backward(
     gradient: Tensor,
     opened: Sequence[Tensor | None],
     sums: Tensor,
-    extent: tuple[int, int],
-    common: Any,
+    extent: tuple[int, int, int],
 ) -> Given:
     """Gradients of the state's tokens; those by the norm go into the last row of `sums`."""
     *pending, base, start, count, norm = inputs
     assert base is not None and pending[0] is not None
-    batch, _, group, d = pending[0].shape
+    batch, _, group, _ = pending[0].shape
     held = [torch.empty_like(x) for x in pending if x is not None]
-    pending_backward_kernel[(batch * group,)](
-        *(*pending, base, start, count, *given((norm, call.plan.rows), base), gradient),
-        *(*given(opened, base), *held, sums, *extent, group, call.eps),
-        **{key: common[key] for key in PENDING_OPTIONS},
-        OPEN=opened[0] is not None,
-        SUMS=sums.shape[-1],
-        **warps(call, d, READING),
-    )
+    common = options(call, base, READING, norm is not None, start is not None)
+    of_sums = {"OPEN": opened[0] is not None, "SUMS": sums.shape[-1]}
+    pending_back(
+        (batch * group, 1, 1),
+        given((*pending, base, start, count, norm, call.plan.rows, gradient, *opened, *held, sums),
+              base),
+        (*extent, call.eps),
+        Options({key: common[key] for key in PENDING_OPTIONS} | of_sums),
+    )  # fmt: skip
     return tuple(held)
 
 
@@ -218,7 +226,10 @@ SCANNING = 4
 READING = 1
 """Warps of the programs of single blocks, which are many."""
 
-PENDING_OPTIONS = ("SIZE", "D", "M", "BK", "BD", "ACC", "LN", "PLANNED")
+PENDING_OPTIONS = (
+    *("SIZE", "D", "M", "BK", "BD", "ACC", "LN", "PLANNED"),
+    *("num_warps", "num_stages"),
+)
 
 
 def split(tokens: Sequence[Tensor], base: Tensor) -> Sequence[Tensor]:
@@ -227,8 +238,9 @@ def split(tokens: Sequence[Tensor], base: Tensor) -> Sequence[Tensor]:
         return tokens
     (group, _, d), x = base.shape, tokens[0]
     rows, times, columns = x.stride()
-    strides = (group * d * columns, rows, times, d * columns, columns)
-    k, q, v = x.as_strided((3, *x.shape[:2], group, d), strides, x.storage_offset()).unbind(0)
+    shape, strides, first = (*x.shape[:2], group, d), (rows, times, d * columns, columns), group * d
+    begin = x.storage_offset()
+    k, q, v = (x.as_strided(shape, strides, begin + n * first * columns) for n in range(3))
     return q, k, v
 
 
@@ -249,22 +261,29 @@ def given(tensors: Sequence[Tensor | None], other: Tensor) -> list[Tensor]:
     return [other if x is None else x for x in tensors]
 
 
-def options(
-    call: Call, q: Tensor, base: Tensor, norm: Tensor | None, start: Tensor | None
-) -> dict[str, Any]:
-    """What the kernels are compiled for: sizes and features."""
+def options(call: Call, base: Tensor, few: int, norm: bool, state: bool, /, **more: Any) -> Options:
+    """What a kernel is compiled for: sizes, features, and warps, see `warps`.
+
+    Args:
+        call: of the kernels.
+        base: fast weights.
+        few: warps of a program of small tiles.
+        norm: there is one in the loss.
+        state: there is one.
+        **more: of this kernel.
+    """
     plan, exact = call.plan, base.dtype == torch.float64
-    planned = {"MASKED": plan.mask is not None, "PLANNED": plan.entries is not None}
-    features = {"MODE_B": call.mode_b, "LN": norm is not None, "UNIT": call.unit}
-    sizes = sizes_of_tiles(call.size, q.shape[-1], plan.tile, exact)
-    return {**sizes, **features, **planned, "STATE": start is not None}
+    sizes = (call.size, base.shape[-1], plan.tile, exact, few)
+    planned = (plan.mask is not None, plan.entries is not None)
+    return _options(*sizes, call.mode_b, norm, call.unit, *planned, state, **more)
 
 
 @cache
-def sizes_of_tiles(size: int, d: int, tile: int, exact: bool) -> dict[str, Any]:
-    """Of mini-batches, adapters and tiles, and what is added up in."""
+def _options(size: int, d: int, tile: int, exact: bool, few: int, *flags: bool, **more: Any) -> Any:
     acc = tl.float64 if exact else tl.float32
-    return {"SIZE": size, "D": d, "M": tile, "BK": padded(d + 1), "BD": padded(d), "ACC": acc}
+    sizes = {"SIZE": size, "D": d, "M": tile, "BK": padded(d + 1), "BD": padded(d), "ACC": acc}
+    features = zip(("MODE_B", "LN", "UNIT", "MASKED", "PLANNED", "STATE"), flags, strict=True)
+    return Options({**sizes, **dict(features), **more, **warps(tile, d, few)})
 
 
 def output_options(call: Call, output_norm: Tensor | None) -> dict[str, Any]:
@@ -273,16 +292,11 @@ def output_options(call: Call, output_norm: Tensor | None) -> dict[str, Any]:
     return {"WIDTH": call.width, **features}
 
 
-def warps(call: Call, d: int, few: int) -> dict[str, int]:
+def warps(tile: int, d: int, few: int) -> dict[str, int]:
     """Warps of a program: `few` for tiles of 16 x 16, more for larger ones.
 
     The compiler does not pipeline loops: the scans fetch a block ahead by themselves.
     """
-    return _warps(call.plan.tile, d, few)
-
-
-@cache
-def _warps(tile: int, d: int, few: int) -> dict[str, int]:
     keys, values = padded(d + 1), padded(d)
     largest = max(tile * keys, keys * values)
     return {"num_warps": few if largest <= 256 else 4 if largest <= 1024 else 8, "num_stages": 1}
@@ -290,4 +304,6 @@ def _warps(tile: int, d: int, few: int) -> dict[str, int]:
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
