@@ -3,11 +3,15 @@
 Tensors may be on the device "meta". Needs a process without TRITON_INTERPRET.
 """
 
+import json
+import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +23,10 @@ from triton.runtime.jit import JITFunction
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 
 
+SHARED = 227 * 1024
+"""Bytes of shared memory that a program can have."""
+
+
 class Compiled(NamedTuple):
     """What ptxas says of a kernel for sm_90a: registers of a thread, bytes spilled and shared."""
 
@@ -26,6 +34,17 @@ class Compiled(NamedTuple):
     registers: int
     spilled: int
     shared: int
+
+
+def compiled_by(code: str) -> list[Compiled]:
+    """What a program prints as JSON, run without TRITON_INTERPRET."""
+    folder = Path(__file__).parent
+    environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (folder, folder.parent)))
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [Compiled(*found) for found in json.loads(done.stdout)]
 
 
 @contextmanager

@@ -1,17 +1,10 @@
 """The Triton kernels of chapter attention, compiled for an H100 without one."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton")
 
-SHARED = 227 * 1024
-"""Bytes that a program can have."""
+from triton_ahead import SHARED, compiled_by
 
 SPILLED = {"bank_gradient_kernel": 128}
 """Bytes a thread may keep outside of registers, where a larger tile without took longer."""
@@ -48,14 +41,7 @@ print(json.dumps(compiled))
 def test_kernels_of_the_published_bank_fit_into_registers(
     block: int, kernels: set[str], size: int
 ) -> None:
-    folder = Path(__file__).parents[1]
-    environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (folder, folder.parent)))
-    code = CODE.format(size=size, block=block)
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    compiled = json.loads(done.stdout)
+    compiled = compiled_by(CODE.format(size=size, block=block))
     assert {name.removesuffix("_kernel") for name, *_ in compiled} == kernels
     for name, registers, spilled, shared in compiled:
         assert 16 <= registers <= 255 and shared <= SHARED, name

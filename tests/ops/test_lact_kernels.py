@@ -12,13 +12,14 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 from ttt_cases import as_function, assert_same, differentiate, outputs
 
-from lightning_modules.ops.lact import walk
+from lightning_modules.ops.lact import few, walk
 from lightning_modules.ops.lact.fused import triton_obstacle
 from lightning_modules.ops.lact.layout import Counts, Even
 from lightning_modules.ops.lact.muon import newton_schulz
 from lightning_modules.ops.lact.orthogonal import orthogonal, orthogonal_backward
 
 MUON = {"muon": True, "muon_dtype": torch.float64}
+SLOW = pytest.mark.slow
 SMALL: dict[str, Any] = {"chunk_size": 3, "batch": 1, "heads": 1, "size": 3, "hidden": 5}
 
 
@@ -89,6 +90,30 @@ def test_triton_is_torch_for_sizes_over_a_tile(sizes: tuple[int, int]) -> None:
     size, hidden = sizes
     case = make_case(time=45, chunk_size=20, batch=1, heads=2, size=size, hidden=hidden)
     check(case, against="torch")
+
+
+@pytest.mark.slow
+def test_triton_is_torch_for_chunks_over_a_tile() -> None:
+    """More tokens and hidden channels than a program of `kernels/few.py` has."""
+    check(make_case(time=300, chunk_size=140, batch=1, heads=1, size=18, hidden=70), "torch")
+
+
+@pytest.mark.parametrize("name", ["plain", "greedy", pytest.param("muon_of_tall", marks=SLOW)])
+def test_chunks_of_any_size_are_naive(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large ones take a launch for each product."""
+    monkeypatch.setattr(few, "ROWS", 0)
+    check(make_case(time=7, seed=3, **{**SMALL, **FEATURES[name]}))
+
+
+@pytest.mark.parametrize("heads", [4, 8])
+def test_a_call_is_small_by_the_tokens_of_all_heads_in_a_chunk(
+    heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(few, "ROWS", 6 * 3)
+    launched: list[str] = []
+    monkeypatch.setattr(few, "_launcher", lambda name: lambda *_: launched.append(name))
+    make_case(time=7, **{**SMALL, "heads": heads}).run("triton")
+    assert launched == (["operands", "changes"] * 2 if heads == 4 else [])
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import torch
 from lact_cases import FLAGS, Case, carried_state, make_case, random_flags, run_in_pieces
 from ttt_cases import differentiate, outputs
 
+from lightning_modules.ops.lact import few
 from lightning_modules.ops.lact.launch_tokens import gather
 
 pytestmark = [
@@ -88,6 +89,16 @@ def test_triton_is_torch_in_float64(name: str, size: int, dtype: torch.dtype) ->
 
 
 @every_dtype
+@pytest.mark.parametrize("size", [64, 384])
+@pytest.mark.parametrize("name", ["plain", "momentum"])
+def test_large_chunks_are_torch_in_float64(
+    name: str, size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(few, "ROWS", 0)  # a launch for each product
+    check(case_of(size, 4 * 2 * size + 9, 2 * size, **FEATURES[name]), dtype)
+
+
+@every_dtype
 @pytest.mark.parametrize("name", FEATURES)
 def test_triton_is_torch_with_rows_that_differ_and_a_state(name: str, dtype: torch.dtype) -> None:
     case = random_flags(case_of(64, batch=3, time=200, **FEATURES[name]), 3, *FLAGS)
@@ -158,11 +169,11 @@ def test_call_without_documents_never_waits_for_the_gpu(flags: tuple[str, ...], 
 
 def compiled() -> dict[str, int]:
     """How often each kernel has been compiled."""
-    from lightning_modules.ops.lact.kernels import gates, tokens, update
+    from lightning_modules.ops.lact.kernels import few, gates, tokens, update
 
     kernels = [
         getattr(module, name)
-        for module in (gates, tokens, update)
+        for module in (few, gates, tokens, update)
         for name in dir(module)
         if name.endswith("_kernel")
     ]

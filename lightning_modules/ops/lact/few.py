@@ -5,12 +5,14 @@ greedy ones): two launches forward instead of five, three backward instead of se
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_modules.ops.lact.sizes import Pair
+from lightning_modules.ops.launcher import Launcher, Options
 from lightning_modules.ops.tile_size import padded
 
 ROWS = 2**14
@@ -31,23 +33,13 @@ def write(blocks: Sequence[Pair], k: Tensor, v: Tensor, rates: Tensor) -> list[P
 
 
 def _write_one(w02: Tensor, w1: Tensor, k: Tensor, v: Tensor, rates: Tensor) -> Pair:
-    from lightning_modules.ops.lact.kernels.few import operands_kernel
-
-    hidden_size, lead = w1.shape[-1], k.shape[:-1]
-    scaled = k.new_empty(*lead, 2 * hidden_size)
-    hidden = k.new_empty(*lead, hidden_size)
-    options = _gate_options(k, rates, hidden_size, tokens=128)
-    operands_kernel[_gate_grid(k, options)](
-        k=k,
-        v=v,
-        w02=w02,
-        w1=w1,
-        rates=rates,
-        scaled=scaled,
-        hidden=hidden,
-        GROUP=w02.stride(0),
-        **options,
-    )
+    groups, length, size = k.shape
+    hidden_size = w1.shape[-1]
+    scaled = k.new_empty(groups, length, 2 * hidden_size)
+    hidden = k.new_empty(groups, length, hidden_size)
+    options = _gate_options(k.dtype, hidden_size, size, rates.shape[-1], 128, GROUP=w02.stride(0))
+    grid = _gate_grid(groups, length, options)
+    _launcher("operands")(grid, (k, v, w02, w1, rates, scaled, hidden), (length,), options)
     return _changes(scaled, k, v, hidden, hidden_size)
 
 
@@ -78,46 +70,27 @@ def _operands_backward(
     first: Tensor, second: Tensor, k: Tensor, v: Tensor, rates: Tensor, drates: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`dp | dh | lr0 a | lr2 u g` and `du | lr1 g h`, `[G, C, 4 F]` and `[G, C, 2 F]`."""
-    from lightning_modules.ops.lact.kernels.few import operands_backward_kernel
-
-    hidden_size, lead = second.shape[-1] // 2, k.shape[:-1]
-    pa, ud = k.new_empty(*lead, 4 * hidden_size), k.new_empty(*lead, 2 * hidden_size)
-    options = _gate_options(k, rates, hidden_size, tokens=64)
-    operands_backward_kernel[_gate_grid(k, options)](
-        k=k,
-        v=v,
-        first=first,
-        second=second,
-        rates=rates,
-        pa=pa,
-        ud=ud,
-        drates=drates,
-        **options,
-    )
+    groups, length, size = k.shape
+    hidden_size = second.shape[-1] // 2
+    pa = k.new_empty(groups, length, 4 * hidden_size)
+    ud = k.new_empty(groups, length, 2 * hidden_size)
+    options = _gate_options(k.dtype, hidden_size, size, rates.shape[-1], 64)
+    tensors = (k, v, first, second, rates, pa, ud, drates)
+    _launcher("operands_backward")(_gate_grid(groups, length, options), tensors, (length,), options)
     return pa, ud
 
 
 def _changes(scaled: Tensor, x: Tensor, d: Tensor, hidden: Tensor, hidden_size: int) -> Pair:
     """`scaled^T x` and `d^T hidden`, of their first 2 F and F channels; wide."""
-    from lightning_modules.ops.lact.kernels.few import changes_kernel
-
-    groups, size = len(x), x.shape[-1]
+    groups, length, size = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
     of_w02 = x.new_empty(groups, 2 * hidden_size, size, dtype=wide)
     of_w1 = x.new_empty(groups, size, hidden_size, dtype=wide)
-    options = _product_options(x, hidden_size)
+    widths = {"WIDTH": scaled.shape[-1], "HIDDEN": hidden.shape[-1]}
+    options = _product_options(x.dtype, hidden_size, size, **widths)
     tiles = _tiles(2 * hidden_size, size, options) + _tiles(size, hidden_size, options)
-    changes_kernel[tiles, groups](
-        scaled=scaled,
-        x=x,
-        d=d,
-        hidden=hidden,
-        of_w02=of_w02,
-        of_w1=of_w1,
-        WIDTH=scaled.shape[-1],
-        HIDDEN=hidden.shape[-1],
-        **options,
-    )
+    tensors = (scaled, x, d, hidden, of_w02, of_w1)
+    _launcher("changes")((tiles, groups, 1), tensors, (length,), options)
     return of_w02, of_w1
 
 
@@ -125,74 +98,59 @@ def _token_gradients(
     pa: Tensor, ud: Tensor, first: Tensor, second: Tensor, dk: Tensor, dv: Tensor, *, add: bool
 ) -> None:
     """`pa first` and `ud second^T` into dk and dv, or added to them."""
-    from lightning_modules.ops.lact.kernels.few import tokens_kernel
-
     groups, length, size = dk.shape
-    options = _product_options(dk, second.shape[-1] // 2)
-    tokens_kernel[2 * _tiles(length, size, options), groups](
-        pa=pa,
-        ud=ud,
-        first=first,
-        second=second,
-        dk=dk,
-        dv=dv,
-        WIDE=_wide(dk),
-        ADD=add,
-        **options,
-    )
+    more = {"WIDE": _wide(dk.dtype), "ADD": add}
+    options = _product_options(dk.dtype, second.shape[-1] // 2, size, **more)
+    grid = (2 * _tiles(length, size, options), groups, 1)
+    _launcher("tokens")(grid, (pa, ud, first, second, dk, dv), (length,), options)
 
 
-def _tiles(rows: int, columns: int, options: dict[str, Any]) -> int:
+@cache
+def _launcher(name: str) -> Launcher:
+    from lightning_modules.ops.lact.kernels import few
+
+    return Launcher(getattr(few, f"{name}_kernel"))
+
+
+def _tiles(rows: int, columns: int, options: Options) -> int:
     return -(-rows // options["BM"]) * -(-columns // options["BN"])
 
 
-def _gate_grid(k: Tensor, options: dict[str, Any]) -> tuple[int, int, int]:
-    return -(-options["F"] // options["BF"]), -(-k.shape[1] // options["BT"]), len(k)
+def _gate_grid(groups: int, length: int, options: Options) -> tuple[int, int, int]:
+    return -(-options["F"] // options["BF"]), -(-length // options["BT"]), groups
 
 
-def _gate_options(k: Tensor, rates: Tensor, hidden_size: int, tokens: int) -> dict[str, Any]:
-    _, length, size = k.shape
-    return {
-        "C": length,
-        "F": hidden_size,
-        "D": size,
-        "R": rates.shape[-1],
-        "WIDE": _wide(k),
-        "PRECISION": _precision(k),
-        "BT": tokens,
-        "BF": min(CHANNELS, padded(hidden_size)),
-        "BK": _depth(k, size),
-        "num_warps": 8,
-        "num_stages": 3,
-    }
+@cache
+def _gate_options(
+    dtype: torch.dtype, hidden_size: int, size: int, rates: int, tokens: int, **more: int
+) -> Options:
+    """Of kernels that end in gates, for tiles of so many tokens."""
+    own = {"R": rates, "WIDE": _wide(dtype), "BF": min(CHANNELS, padded(hidden_size))}
+    return Options(
+        own, BT=tokens, BK=_depth(dtype, size), **_common(dtype, hidden_size, size), **more
+    )
 
 
-def _product_options(k: Tensor, hidden_size: int) -> dict[str, Any]:
-    _, length, size = k.shape
-    return {
-        "C": length,
-        "F": hidden_size,
-        "D": size,
-        "PRECISION": _precision(k),
-        "BM": 128,
-        "BN": 128,
-        "BK": _depth(k, 64),
-        "num_warps": 8,
-        "num_stages": 3,
-    }
+@cache
+def _product_options(dtype: torch.dtype, hidden_size: int, size: int, **more: Any) -> Options:
+    """Of kernels that are two products."""
+    tile = {"BM": 128, "BN": 128, "BK": _depth(dtype, 64)}
+    return Options(tile, **_common(dtype, hidden_size, size), **more)
 
 
-def _depth(x: Tensor, size: int) -> int:
+def _common(dtype: torch.dtype, hidden_size: int, size: int) -> dict[str, Any]:
+    precision = "tf32x3" if dtype == torch.float32 else "ieee"
+    sizes = {"F": hidden_size, "D": size, "PRECISION": precision}
+    return sizes | {"num_warps": 8, "num_stages": 3}
+
+
+def _depth(dtype: torch.dtype, size: int) -> int:
     """Of a step of a sum: 128 bytes."""
-    return min(128 // x.element_size(), padded(size))
+    return min(128 // dtype.itemsize, padded(size))
 
 
-def _wide(x: Tensor) -> Any:
+def _wide(dtype: torch.dtype) -> Any:
     """The dtype in which a kernel computes."""
     import triton.language as tl
 
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
-def _precision(x: Tensor) -> str:
-    return "tf32x3" if x.dtype == torch.float32 else "ieee"
+    return tl.float64 if dtype == torch.float64 else tl.float32

@@ -1,5 +1,6 @@
 """LaCT's Triton kernels on weights, called with tensors; packed ones are `[G, 3 F D]`."""
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from lightning_modules.ops.lact.memory import EPS
 from lightning_modules.ops.lact.sizes import Pair, Sizes
 from lightning_modules.ops.lact.walk import Change
+from lightning_modules.ops.launcher import Launcher, Options
 from lightning_modules.ops.tile_size import padded
 
 
@@ -20,18 +22,14 @@ def add_momentum(
     out: Tensor,
 ) -> None:
     """`out = g + mean old`, packed `[G, 3 F D]`; mean `[G]`. Without old, `out = g`."""
-    from lightning_modules.ops.lact.kernels.update import momentum_kernel
-
     first, second = pair or (None, None)
-    options = _change_options(sizes, change, out)
-    momentum_kernel[_row_grid(options, sizes)](
-        first=first,
-        second=second,
-        old=old,
-        mean=mean,
-        out=out,
-        MOMENTUM=old is not None,
-        **options,
+    options = _options(sizes, out.is_cuda, *_features(change), MOMENTUM=old is not None)
+    _launch(
+        "momentum",
+        sizes,
+        out,
+        (first, second, old, mean, out, change.restart, change.rows),
+        options,
     )
 
 
@@ -68,28 +66,20 @@ def update(
         learned: weights with which documents begin.
         prenorm: add to main, not to W.
     """
-    from lightning_modules.ops.lact.kernels.update import update_kernel
-
     first, second = by if isinstance(by, tuple) else (None, None)
-    options = _change_options(sizes, change, now)
-    update_kernel[_row_grid(options, sizes)](
-        first=first,
-        second=second,
-        packed=by if torch.is_tensor(by) else None,
-        main_old=main_old,
-        main=main,
-        now=now,
-        low=low,
-        start_norm=norms.start,
-        learned_norm=norms.learned,
-        learned=learned,
-        renewed=change.renewed,
+    packed = by if torch.is_tensor(by) else None
+    options = _options(
+        sizes,
+        now.is_cuda,
+        *_features(change),
         EPS=EPS,
         PRENORM=prenorm,
-        PACKED=torch.is_tensor(by),
+        PACKED=packed is not None,
         HAS_RENEWED=change.renewed is not None,
-        **options,
     )
+    weights = (first, second, packed, main_old, main, now, low)
+    rows = (norms.start, norms.learned, learned, change.restart, change.renewed, change.rows)
+    _launch("update", sizes, now, (*weights, *rows), options)
 
 
 class Carry(NamedTuple):
@@ -123,36 +113,23 @@ def update_backward(
     norms: Norms,
 ) -> None:
     """Carry the gradients of a version to the one before; see `update_backward_kernel`."""
-    from lightning_modules.ops.lact.kernels.update import update_backward_kernel
-
-    read_first, read_second = read or (None, None)
-    write_first, write_second = write or (None, None)
-    options = _change_options(sizes, change, main)
-    update_backward_kernel[_row_grid(options, sizes)](
-        main=main,
-        carry=carry.weights,
-        carry_main=carry.main,
-        read_first=read_first,
-        read_second=read_second,
-        write_first=write_first,
-        write_second=write_second,
-        old=old,
-        both=both,
-        dchange=dchange,
-        start_norm=norms.start,
-        learned_norm=norms.learned,
-        dstart_norm=carry.norms.start,
-        dlearned_norm=carry.norms.learned,
-        dlearned=carry.learned,
-        renewed=change.renewed,
+    options = _options(
+        sizes,
+        main.is_cuda,
+        *_features(change),
         EPS=EPS,
         PRENORM=carry.main is not None,
         PACKED=dchange is not None,
         HAS_READ=read is not None,
         HAS_WRITE=write is not None,
         HAS_RENEWED=change.renewed is not None,
-        **options,
     )
+    nothing = (None, None)
+    left = (carry.weights, carry.main, *(read or nothing), *(write or nothing))
+    of_rows = (norms.start, norms.learned, carry.norms.start, carry.norms.learned, carry.learned)
+    flags = (change.restart, change.renewed, change.rows)
+    tensors = (main, *left, old, both, dchange, *of_rows, *flags)
+    _launch("update_backward", sizes, main, tensors, options)
 
 
 def momentum_backward(
@@ -167,42 +144,40 @@ def momentum_backward(
     dmean: Tensor | None,
 ) -> None:
     """From dchange to both, by way of momentum; see `momentum_backward_kernel`."""
-    from lightning_modules.ops.lact.kernels.update import momentum_backward_kernel
+    options = _options(sizes, dchange.is_cuda, *_features(change), MOMENTUM=carry is not None)
+    tensors = (dchange, carry, momentum, mean, old, both, dmean, change.restart, change.rows)
+    _launch("momentum_backward", sizes, dchange, tensors, options)
 
-    options = _change_options(sizes, change, dchange)
-    momentum_backward_kernel[_row_grid(options, sizes)](
-        dchange=dchange,
-        carry=carry,
-        momentum=momentum,
-        mean=mean,
-        old=old,
-        both=both,
-        dmean=dmean,
-        MOMENTUM=carry is not None,
-        **options,
+
+@cache
+def _launcher(name: str) -> Launcher:
+    from lightning_modules.ops.lact.kernels import update
+
+    return Launcher(getattr(update, f"{name}_kernel"))
+
+
+def _launch(
+    name: str, sizes: Sizes, other: Tensor, tensors: tuple[Tensor | None, ...], options: Options
+) -> None:
+    """Launch a kernel on all rows; `other` stands for tensors that it does not look at."""
+    grid = (sizes.groups * -(-sizes.rows // options["BR"]), 1, 1)
+    given = [other if x is None else x for x in tensors]
+    _launcher(name)(grid, given, (sizes.batch,), options)
+
+
+def _features(change: Change) -> tuple[bool, bool, bool]:
+    return change.write is not None, change.rows is not None, change.restart is not None
+
+
+@cache
+def _options(sizes: Sizes, compiled: bool, *features: bool, **more: Any) -> Options:
+    """A program that is interpreted costs the same for many rows."""
+    return Options(
+        zip(("WRITES", "HAS_ROWS", "HAS_RESTART"), features, strict=True),
+        F=sizes.hidden,
+        D=sizes.size,
+        BLOCK=padded(max(sizes.hidden, sizes.size)),
+        BR=4 if compiled else 16,
+        num_warps=4,
+        **more,
     )
-
-
-def _row_grid(options: dict[str, Any], sizes: Sizes) -> tuple[int]:
-    return (sizes.groups * -(-sizes.rows // options["BR"]),)
-
-
-def _change_options(sizes: Sizes, change: Change, like: Tensor) -> dict[str, Any]:
-    return {
-        "restart": change.restart,
-        "rows": change.rows,
-        "B": sizes.batch,
-        "F": sizes.hidden,
-        "D": sizes.size,
-        "BLOCK": padded(max(sizes.hidden, sizes.size)),
-        "WRITES": change.write is not None,
-        "HAS_ROWS": change.rows is not None,
-        "HAS_RESTART": change.restart is not None,
-        "BR": _tile(like, 4, 16),
-        "num_warps": 4,
-    }
-
-
-def _tile(x: Tensor, compiled: int, interpreted: int) -> int:
-    """Rows of a program; a program that is interpreted costs the same for many."""
-    return compiled if x.is_cuda else interpreted

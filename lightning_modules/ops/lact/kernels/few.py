@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from lightning_modules.ops.lact.kernels.gates import (
+    UNALIGNED,
     load_wide,
     store_narrow,
     written,
@@ -33,7 +34,7 @@ def load_rates(rates, row, m, C, R: tl.constexpr, WIDE: tl.constexpr):
     return lr0, load_wide(at + 1, m < C, WIDE), load_wide(at + 2, m < C, WIDE)
 
 
-@triton.jit(do_not_specialize=LENGTH)
+@triton.jit(do_not_specialize=LENGTH, do_not_specialize_on_alignment=UNALIGNED)
 def operands_kernel(
     k,
     v,
@@ -79,7 +80,7 @@ def operands_kernel(
     store_narrow(hidden + at, lr1 * gh, real)
 
 
-@triton.jit(do_not_specialize=LENGTH)
+@triton.jit(do_not_specialize=LENGTH, do_not_specialize_on_alignment=UNALIGNED)
 def operands_backward_kernel(
     k,
     v,
@@ -191,7 +192,7 @@ def changes_kernel(
 ):
     """`scaled^T x`, `[G, 2 F, D]`, and `d^T hidden`, `[G, D, F]`.
 
-    The tokens of `scaled` are rows of WIDTH numbers, 2 F of them taken, those of `hidden` of HIDDEN.
+    The tokens of `scaled` are rows of WIDTH numbers, 2 F of them taken; `hidden` has HIDDEN.
     """
     g, program = tl.program_id(1).to(tl.int64), tl.program_id(0)
     tiles: tl.constexpr = (2 * F + BM - 1) // BM * ((D + BN - 1) // BN)
@@ -249,9 +250,9 @@ def tokens_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """`dk = pa first` and `dv = ud second^T`, `[G, C, D]`; weights as in `operands_backward_kernel`.
+    """`dk = pa first` and `dv = ud second^T`, `[G, C, D]`; ADD: added to what is there.
 
-    ADD: to what is there.
+    Weights are those of `operands_backward_kernel`.
     """
     g, program = tl.program_id(1).to(tl.int64), tl.program_id(0)
     tiles, row = tl.cdiv(C, BM) * ((D + BN - 1) // BN), g * C
