@@ -6,7 +6,8 @@ that Triton compiles it for, and launched as Triton's tutorials do it: `compiled
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib import import_module
 from typing import Any
 
 Grid = tuple[int, int, int]
@@ -62,6 +63,12 @@ class Launcher:
         if compiled is not None:  # as it is where Triton interprets
             count = len(self.kernel.arg_names) - len(tensors) - len(numbers)
             self.compiled[key] = compiled, (None,) * count
+
+
+@cache
+def launcher(module: str, kernel: str) -> Launcher:
+    """That of a kernel, whose module is imported when it is launched: there may be no triton."""
+    return Launcher(getattr(import_module(module), kernel))
 
 
 @lru_cache(maxsize=4096, typed=True)

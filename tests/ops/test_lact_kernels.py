@@ -111,9 +111,9 @@ def test_a_call_is_small_by_the_tokens_of_all_heads_in_a_chunk(
 ) -> None:
     monkeypatch.setattr(few, "ROWS", 6 * 3)
     launched: list[str] = []
-    monkeypatch.setattr(few, "_launcher", lambda name: lambda *_: launched.append(name))
+    monkeypatch.setattr(few, "launcher", lambda _, name: lambda *_: launched.append(name))
     make_case(time=7, **{**SMALL, "heads": heads}).run("triton")
-    assert launched == (["operands", "changes"] * 2 if heads == 4 else [])
+    assert launched == (["operands_kernel", "changes_kernel"] * 2 if heads == 4 else [])
 
 
 @pytest.mark.slow

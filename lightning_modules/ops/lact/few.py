@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from lightning_modules.ops.lact.sizes import Pair
-from lightning_modules.ops.launcher import Launcher, Options
+from lightning_modules.ops.launcher import Options, launcher
 from lightning_modules.ops.tile_size import padded
+
+KERNELS = "lightning_modules.ops.lact.kernels.few"
 
 ROWS = 2**14
 """Most tokens of a chunk, times heads and rows of the batch, of a call that is small."""
@@ -39,7 +41,9 @@ def _write_one(w02: Tensor, w1: Tensor, k: Tensor, v: Tensor, rates: Tensor) -> 
     hidden = k.new_empty(groups, length, hidden_size)
     options = _gate_options(k.dtype, hidden_size, size, rates.shape[-1], 128, GROUP=w02.stride(0))
     grid = _gate_grid(groups, length, options)
-    _launcher("operands")(grid, (k, v, w02, w1, rates, scaled, hidden), (length,), options)
+    launcher(KERNELS, "operands_kernel")(
+        grid, (k, v, w02, w1, rates, scaled, hidden), (length,), options
+    )
     return _changes(scaled, k, v, hidden, hidden_size)
 
 
@@ -76,7 +80,9 @@ def _operands_backward(
     ud = k.new_empty(groups, length, 2 * hidden_size)
     options = _gate_options(k.dtype, hidden_size, size, rates.shape[-1], 64)
     tensors = (k, v, first, second, rates, pa, ud, drates)
-    _launcher("operands_backward")(_gate_grid(groups, length, options), tensors, (length,), options)
+    launcher(KERNELS, "operands_backward_kernel")(
+        _gate_grid(groups, length, options), tensors, (length,), options
+    )
     return pa, ud
 
 
@@ -90,7 +96,7 @@ def _changes(scaled: Tensor, x: Tensor, d: Tensor, hidden: Tensor, hidden_size: 
     options = _product_options(x.dtype, hidden_size, size, **widths)
     tiles = _tiles(2 * hidden_size, size, options) + _tiles(size, hidden_size, options)
     tensors = (scaled, x, d, hidden, of_w02, of_w1)
-    _launcher("changes")((tiles, groups, 1), tensors, (length,), options)
+    launcher(KERNELS, "changes_kernel")((tiles, groups, 1), tensors, (length,), options)
     return of_w02, of_w1
 
 
@@ -102,14 +108,7 @@ def _token_gradients(
     more = {"WIDE": _wide(dk.dtype), "ADD": add}
     options = _product_options(dk.dtype, second.shape[-1] // 2, size, **more)
     grid = (2 * _tiles(length, size, options), groups, 1)
-    _launcher("tokens")(grid, (pa, ud, first, second, dk, dv), (length,), options)
-
-
-@cache
-def _launcher(name: str) -> Launcher:
-    from lightning_modules.ops.lact.kernels import few
-
-    return Launcher(getattr(few, f"{name}_kernel"))
+    launcher(KERNELS, "tokens_kernel")(grid, (pa, ud, first, second, dk, dv), (length,), options)
 
 
 def _tiles(rows: int, columns: int, options: Options) -> int:

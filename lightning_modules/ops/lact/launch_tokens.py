@@ -1,12 +1,16 @@
 """LaCT's Triton kernels on tokens, called with tensors."""
 
-from typing import Any
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from lightning_modules.ops.lact.walk import Block
+from lightning_modules.ops.launcher import Options, launcher
 from lightning_modules.ops.tile_size import padded
+
+KERNELS = "lightning_modules.ops.lact.kernels.tokens"
+GATES = "lightning_modules.ops.lact.kernels.gates"
 
 TOKENS = 16
 """Rows of tokens of a program."""
@@ -14,76 +18,62 @@ TOKENS = 16
 
 def gather(x: Tensor, held: Tensor | None, block: Block, dtype: torch.dtype) -> Tensor:
     """The block's slots of x `[B, T, H, E]` and of the state's tokens, `[S, G, w, E]`."""
-    from lightning_modules.ops.lact.kernels.tokens import gather_kernel
-
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch, _, heads, inner = x.shape
     out = x.new_empty(block.number, heads * batch, block.width, inner, dtype=dtype)
     if out.numel():
-        strides = dict(zip(("row_stride", "time_stride", "head_stride"), x.stride(), strict=False))
-        options = _token_options(x, held, block)
+        strides = x.stride()[:3]
         # Vectors of 16 bytes; of E alone, so that no other length compiles another kernel.
-        options["ALIGNED"] = inner % 16 == 0 and x.stride(0) % 16 == 0
-        gather_kernel[_token_grid(x, block)](x=x, out=out, **strides, **options)
+        aligned = inner % 16 == 0 and strides[0] % 16 == 0
+        options = _token_options(inner, *_features(held, block), ALIGNED=aligned)
+        tensors = [x if y is None else y for y in (x, held, block.token, out)]
+        sizes = (*strides, *_token_sizes(x, held, block))
+        launcher(KERNELS, "gather_kernel")(_token_grid(x, block), tensors, sizes, options)
     return out
 
 
 def scatter(slots: Tensor, x: Tensor, held: Tensor | None, block: Block) -> None:
     """The inverse: writes into x and held, both contiguous, where the block has tokens."""
-    from lightning_modules.ops.lact.kernels.tokens import scatter_kernel
-
     if slots.numel():
-        options = _token_options(x, held, block)
-        scatter_kernel[_token_grid(x, block)](x=x, slots=slots, **options)
+        options = _token_options(x.shape[-1], *_features(held, block))
+        tensors = [x if y is None else y for y in (x, held, block.token, slots)]
+        sizes = _token_sizes(x, held, block)
+        launcher(KERNELS, "scatter_kernel")(_token_grid(x, block), tensors, sizes, options)
 
 
-def _token_grid(x: Tensor, block: Block) -> tuple[int, int]:
-    return block.number * len(x) * -(-block.width // TOKENS), x.shape[2]
+def _token_grid(x: Tensor, block: Block) -> tuple[int, int, int]:
+    return block.number * len(x) * -(-block.width // TOKENS), x.shape[2], 1
 
 
-def _token_options(x: Tensor, held: Tensor | None, block: Block) -> dict[str, Any]:
-    batch, time, heads, inner = x.shape
-    return {
-        "held": held,
-        "token": block.token,
-        "start": block.start,
-        "S": block.number,
-        "w": block.width,
-        "B": batch,
-        "H": heads,
-        "T": time,
-        "P": block.pending,
-        "Q": 0 if held is None else held.shape[1],
-        "E": inner,
-        "BE": padded(inner),
-        "BT": TOKENS,
-        "HAS_MAP": block.token is not None,
-        "HAS_HELD": held is not None,
-        "num_warps": 4,
-    }
+def _token_sizes(x: Tensor, held: Tensor | None, block: Block) -> tuple[int, ...]:
+    batch, time, heads, _ = x.shape
+    before = 0 if held is None else held.shape[1]
+    return block.start, block.number, block.width, batch, heads, time, block.pending, before
+
+
+def _features(held: Tensor | None, block: Block) -> tuple[bool, bool]:
+    return block.token is not None, held is not None
+
+
+@cache
+def _token_options(inner: int, mapped: bool, held: bool, **more: bool) -> Options:
+    sizes = {"E": inner, "BE": padded(inner), "BT": TOKENS, "num_warps": 4}
+    return Options(sizes, HAS_MAP=mapped, HAS_HELD=held, **more)
 
 
 def read_gate(ph: Tensor, hidden_size: int) -> Tensor:
     """`silu(p) h`, `[..., F]`, from rows `[..., 2 F]` or `[..., 4 F]` that begin with p and h."""
-    from lightning_modules.ops.lact.kernels.gates import read_gate_kernel
-
     hidden = ph.new_empty(*ph.shape[:-1], hidden_size)
-    options = _gate_options(ph, hidden_size)
-    read_gate_kernel[_gate_grid(options)](
-        ph=ph, hidden=hidden, PARTS=ph.shape[-1] // hidden_size, **options
-    )
+    options = _gate_options(ph.dtype, hidden_size, PARTS=ph.shape[-1] // hidden_size)
+    _gate("read_gate", (ph, hidden), options)
     return hidden
 
 
 def read_gate_backward(ph: Tensor, dhidden: Tensor, out: Tensor) -> Tensor:
     """Gradients of p, h into out `[..., 2 F]`, which may be ph; dhidden becomes `silu(p) h`."""
-    from lightning_modules.ops.lact.kernels.gates import read_gate_backward_kernel
-
     size = dhidden.shape[-1]
-    options = _gate_options(ph, size)
-    read_gate_backward_kernel[_gate_grid(options)](
-        ph=ph, dhidden=dhidden, dph=out, hidden=dhidden, PARTS=ph.shape[-1] // size, **options
-    )
+    options = _gate_options(ph.dtype, size, PARTS=ph.shape[-1] // size)
+    _gate("read_gate_backward", (ph, dhidden, out, dhidden), options)
     return dhidden
 
 
@@ -100,27 +90,20 @@ def write_gate(
         scaled: see above.
         plain: see above.
     """
-    from lightning_modules.ops.lact.kernels.gates import write_gate_kernel
-
     lead = ph.shape[:-1]
     both = ph.new_empty(*lead, 2 * hidden_size) if scaled else None
     hidden = ph.new_empty(*lead, hidden_size) if scaled else None
     alone = ph.new_empty(*lead, 2 * hidden_size) if plain else None
-    options = _gate_options(ph, hidden_size)
-    write_gate_kernel[_gate_grid(options)](
-        ph=ph,
-        u=u,
-        rates=rates,
-        scaled=both,
-        plain=alone,
-        hidden=hidden,
+    options = _gate_options(
+        ph.dtype,
+        hidden_size,
         R=rates.shape[-1],
         PARTS=ph.shape[-1] // hidden_size,
         U_PARTS=u.shape[-1] // hidden_size,
         SCALED=scaled,
         PLAIN=plain,
-        **options,
     )
+    _gate("write_gate", (ph, u, rates, both, alone, hidden), options)
     return both, hidden, alone
 
 
@@ -144,36 +127,31 @@ def write_gate_backward(
         add: add them to what is there.
         out: `[G, C, 4 F]`.
     """
-    from lightning_modules.ops.lact.kernels.gates import write_gate_backward_kernel
-
-    options = _gate_options(pa, ud.shape[-1] // 2) | {"BT": 8}
-    write_gate_backward_kernel[_gate_grid(options)[:1]](
-        pa=pa,
-        ud=ud,
-        rates=rates,
-        extra=extra,
-        pa_out=out,
-        ud_out=ud,
-        drates=drates,
-        R=rates.shape[-1],
-        EXTRA=extra is not None,
-        ADD=add,
-        **options,
-    )
+    size, flags = ud.shape[-1] // 2, {"EXTRA": extra is not None, "ADD": add}
+    options = _gate_options(pa.dtype, size, R=rates.shape[-1], BT=8, **flags)
+    tensors = (pa, ud, rates, extra, out, ud, drates)
+    _gate("write_gate_backward", tensors, options, walks=True)
 
 
-def _gate_options(rows: Tensor, hidden_size: int) -> dict[str, Any]:
+def _gate(
+    name: str, tensors: tuple[Tensor | None, ...], options: Options, walks: bool = False
+) -> None:
+    """Launch a kernel on the tokens of the first tensor; `walks`: a program has all channels."""
+    first = tensors[0]
+    assert first is not None
+    count = first.shape[:-1].numel()
+    across = 1 if walks else -(-options["F"] // options["BF"])
+    given = [first if x is None else x for x in tensors]
+    grid = (-(-count // options["BT"]), across, 1)
+    launcher(GATES, f"{name}_kernel")(grid, given, (count,), options)
+
+
+@cache
+def _gate_options(
+    dtype: torch.dtype, hidden_size: int, *, BT: int = 16, **more: int
+) -> Options:  # BT: rows of a program
     import triton.language as tl
 
-    return {
-        "M": rows.shape[:-1].numel(),
-        "F": hidden_size,
-        "WIDE": tl.float64 if rows.dtype == torch.float64 else tl.float32,
-        "BT": 16,
-        "BF": min(128, padded(hidden_size)),
-        "num_warps": 4,
-    }
-
-
-def _gate_grid(options: dict[str, Any]) -> tuple[int, int]:
-    return -(-options["M"] // options["BT"]), -(-options["F"] // options["BF"])
+    wide = tl.float64 if dtype == torch.float64 else tl.float32
+    own = {"F": hidden_size, "WIDE": wide, "BT": BT, "BF": min(128, padded(hidden_size))}
+    return Options(own, num_warps=4, **more)

@@ -9,8 +9,10 @@ from torch import Tensor
 from lightning_modules.ops.lact.memory import EPS
 from lightning_modules.ops.lact.sizes import Pair, Sizes
 from lightning_modules.ops.lact.walk import Change
-from lightning_modules.ops.launcher import Launcher, Options
+from lightning_modules.ops.launcher import Options, launcher
 from lightning_modules.ops.tile_size import padded
+
+KERNELS = "lightning_modules.ops.lact.kernels.update"
 
 
 def add_momentum(
@@ -149,20 +151,13 @@ def momentum_backward(
     _launch("momentum_backward", sizes, dchange, tensors, options)
 
 
-@cache
-def _launcher(name: str) -> Launcher:
-    from lightning_modules.ops.lact.kernels import update
-
-    return Launcher(getattr(update, f"{name}_kernel"))
-
-
 def _launch(
     name: str, sizes: Sizes, other: Tensor, tensors: tuple[Tensor | None, ...], options: Options
 ) -> None:
     """Launch a kernel on all rows; `other` stands for tensors that it does not look at."""
     grid = (sizes.groups * -(-sizes.rows // options["BR"]), 1, 1)
     given = [other if x is None else x for x in tensors]
-    _launcher(name)(grid, given, (sizes.batch,), options)
+    launcher(KERNELS, f"{name}_kernel")(grid, given, (sizes.batch,), options)
 
 
 def _features(change: Change) -> tuple[bool, bool, bool]:
