@@ -248,8 +248,9 @@ def line(
     return f"| {' | '.join(cells)} |"
 
 
-# which options, warps, stages, slots of a group (None: those of the kernels)
+# which options, warps, stages, slots of a group or tokens at once (None: those of the kernels)
 CHOICES = [("_walk", w, n, None) for w, n in ((2, 2), (4, 1), (4, 2), (4, 3), (8, 2))]
+CHOICES += [("_walk", w, 2, tokens) for w, tokens in ((4, 16), (4, 32), (8, 32), (8, 64))]
 CHOICES += [("_tile", w, 1, slots) for w, slots in ((4, None), (8, None), (4, 32))]
 
 
@@ -259,8 +260,11 @@ def sweep(case: Case, repeats: int) -> None:
     for which, warps, stages, slots in CHOICES:
         old, group = getattr(launch, which), layout.GROUP
         chosen = {"num_warps": warps, "num_stages": stages}
+        if which == "_walk" and slots:
+            whole = launch.padded(case.mini_batch_size or case.time)
+            chosen |= {"BT": min(slots, whole), "PARTS": -(-whole // slots)}
         setattr(launch, which, lambda *a, old=old, chosen=chosen: old(*a) | chosen)
-        layout.GROUP = slots or group
+        layout.GROUP = slots if slots and which == "_tile" else group
         try:
             found = {
                 name: ms for name, ms, _ in kernel_times(training(x, given, "triton"), repeats)
@@ -272,7 +276,7 @@ def sweep(case: Case, repeats: int) -> None:
         finally:
             setattr(launch, which, old)
             layout.GROUP = group
-        slots = f", {slots} slots" if slots else ""
+        slots = f", {slots} at once" if slots else ""
         print(f"  {which[1:]} {warps} warps, {stages} stages{slots}: {text}", flush=True)
 
 

@@ -108,7 +108,7 @@ def run_forward(call: Call, x: Inputs) -> tuple[Tensor, Tensor, Tensor, Saved]:
             PER_ROW=x.w.dim() == 4,
             HAS_STATE=x.dw is not None,
             HAS_DOCUMENTS=layout.restart is not None,
-            **_walk(layout, size),
+            **_walk(layout, size, GROUP if size <= NARROW else PART),
             **shared,
         )
         read_kernel[(groups, batch * heads)](
@@ -181,7 +181,7 @@ def run_backward(
             db_out=upper[1],
             HAS_DSTATE=upper[0] is not None,
             HAS_DOCUMENTS=layout.restart is not None,
-            **_walk(layout, size),
+            **_walk(layout, size, PART),
             **shared,
         )
         inputs.input_gradient_kernel[(groups, batch * heads)](
@@ -311,13 +311,13 @@ NARROW = 64
 """Most channels of a head whose weights leave a program of four warps registers for the rest."""
 
 PART = 32
-"""Most tokens at once beside the weights of wider heads."""
+"""Most tokens at once beside two matrices of weights, or those of wider heads, in registers."""
 
 
-def _walk(layout: Layout, size: int) -> dict[str, int]:
-    """Options of the kernels that walk from mini-batch to mini-batch."""
+def _walk(layout: Layout, size: int, most: int) -> dict[str, int]:
+    """Options of the kernels that walk from mini-batch to mini-batch, `most` tokens at once."""
     warps = 4 if size <= NARROW and layout.size <= 32 else 8
-    tokens = padded(layout.size) if size <= NARROW else min(padded(layout.size), PART)
+    tokens = min(padded(layout.size), most)
     parts = -(-padded(layout.size) // tokens)
     return {"BT": tokens, "PARTS": parts, "num_warps": warps, "num_stages": 2}
 
