@@ -37,46 +37,61 @@ def publish_statistics(
         document_ids: `[B, T]`; None: one document.
         states: before the call (None: fresh) and after it.
     """
-    if fast_state.listens("fast_weight") or fast_state.listens("inner_loss"):
-        _publish(cells, fast_state, slot, inputs, mask, document_ids, states)
+    weights, losses = fast_state.listens("fast_weight"), fast_state.listens("inner_loss")
+    if not (weights or losses):  # no_grad alone would be felt in every call
+        return
+    with torch.no_grad():
+        exists = torch.ones_like(inputs.k[..., 0, 0], dtype=torch.bool) if mask is None else mask
+        if weights:
+            _publish_weights(cells, fast_state, slot, inputs, exists, states[1])
+        if losses:
+            values = _losses(cells, inputs, exists, document_ids, *states)
+            fast_state.publish("inner_loss", slot, **values)
 
 
-@torch.no_grad()
-def _publish(
+def _publish_weights(
     cells: Sequence[TTTLoRACell],
     fast_state: FastState,
     slot: str,
     inputs: Inputs,
-    mask: Tensor | None,
-    document_ids: Tensor | None,
-    states: tuple[TTTLoRAState | None, TTTLoRAState],
+    exists: Tensor,
+    after: TTTLoRAState,
 ) -> None:
-    """See `publish_statistics`; without listeners even `no_grad` would be felt in every call."""
-    before, after = states
-    w_base = torch.stack([cell.w_base for cell in cells])
-    exists = torch.ones_like(inputs.k[..., 0, 0], dtype=torch.bool) if mask is None else mask
-    if fast_state.listens("fast_weight"):
-        weight, delta = w_base.flatten(1).to(after.dw.dtype), after.dw.flatten(2)
-        fast_state.publish(
-            "fast_weight",
-            slot,
-            eta=inputs.eta.expand(inputs.k.shape[:3]) * exists.unsqueeze(-1),
-            state_norm=delta.norm(dim=-1),
-            weight_norm=weight.norm(dim=-1),
-            cosine=F.cosine_similarity(weight + delta, weight.unsqueeze(0), dim=-1),
+    """How far the fast weights have come."""
+    weight = torch.stack([cell.w_base for cell in cells]).flatten(1).to(after.dw.dtype)
+    delta = after.dw.flatten(2)
+    fast_state.publish(
+        "fast_weight",
+        slot,
+        eta=inputs.eta.expand(inputs.k.shape[:3]) * exists.unsqueeze(-1),
+        state_norm=delta.norm(dim=-1),
+        weight_norm=weight.norm(dim=-1),
+        cosine=F.cosine_similarity(weight + delta, weight.unsqueeze(0), dim=-1),
+    )
+
+
+def _losses(
+    cells: Sequence[TTTLoRACell],
+    inputs: Inputs,
+    exists: Tensor,
+    document_ids: Tensor | None,
+    before: TTTLoRAState | None,
+    after: TTTLoRAState,
+) -> dict[str, Tensor]:
+    """The inner objective before the call and after it, of each row's last document.
+
+    Only the weights of that one are in the state.
+    """
+    if document_ids is not None:
+        exists = exists & (document_ids == after.document_id.unsqueeze(1))
+    values = {"after": _mean_loss(cells, inputs, after, exists)}
+    if before is not None and document_ids is not None:
+        goes_on = before.document_id == after.document_id
+        before = before._replace(
+            dw=before.dw * goes_on.view(-1, 1, 1, 1), db=before.db * goes_on.view(-1, 1, 1)
         )
-    if fast_state.listens("inner_loss"):
-        # Only a row's last document counts, as only its weights are in the state.
-        if document_ids is not None:
-            exists = exists & (document_ids == after.document_id.unsqueeze(1))
-        values = {"after": _mean_loss(cells, inputs, after, exists)}
-        if before is not None and document_ids is not None:
-            goes_on = before.document_id == after.document_id
-            before = before._replace(
-                dw=before.dw * goes_on.view(-1, 1, 1, 1), db=before.db * goes_on.view(-1, 1, 1)
-            )
-        values["before"] = _mean_loss(cells, inputs, before, exists)
-        fast_state.publish("inner_loss", slot, **values)
+    values["before"] = _mean_loss(cells, inputs, before, exists)
+    return values
 
 
 def _mean_loss(
