@@ -17,7 +17,7 @@ from lightning_modules.ops.chapter_attention.kernels.tiles import (
     SIZES,
     load_heads,
     load_rows,
-    logits,
+    products,
     slot_tokens,
 )
 
@@ -96,7 +96,8 @@ def query_gradient_kernel(
         keys = load_rows(mem_k, chapter, kv, KV, r[:, None], d[None, :], R, D)
         values = load_rows(mem_v, chapter, kv, KV, r[:, None], d[None, :], R, D)
         shift = norm - tl.load(log_weights + pair) * LOG2E
-        p = tl.exp2(logits(queries, keys, r < R, SCALE, PRECISION) - shift[:, None])
+        s = products(queries, keys, r, R, BR, PRECISION)
+        p = tl.exp2(s * (SCALE * LOG2E) - shift[:, None])
         ds = tl.dot(upper, tl.trans(values), input_precision=PRECISION) - drop[:, None]
         ds = p * ds
         tl.store(share + i, tl.sum(tl.sum(ds, 1), 0))
@@ -250,7 +251,8 @@ def pair_gradient_kernel(
             r = start + tl.arange(0, BR)
             keys = load_rows(mem_k, here, kv, KV, r[:, None], d[None, :], R, D)
             values = load_rows(mem_v, here, kv, KV, r[:, None], d[None, :], R, D)
-            p = tl.exp2(logits(queries, keys, r < R, SCALE, PRECISION) - norm[:, None])
+            p = products(queries, keys, r, R, BR, PRECISION)
+            p = tl.exp2(p * (SCALE * LOG2E) - norm[:, None])
             ds = tl.dot(upper, tl.trans(values), input_precision=PRECISION) - drop[:, None]
             ds = p * ds
             share += tl.sum(ds, 1)

@@ -9,7 +9,7 @@ from lightning_modules.ops.chapter_attention.kernels.tiles import (
     add_rows,
     load_heads,
     load_rows,
-    logits,
+    products,
     slot_tokens,
 )
 
@@ -51,8 +51,8 @@ def read_blocks_kernel(
         chapter = tl.load(chapters + pair)
         keys = load_rows(mem_k, chapter, kv, KV, r[:, None], d[None, :], R, D)
         values = load_rows(mem_v, chapter, kv, KV, r[:, None], d[None, :], R, D)
-        s = logits(queries, keys, r < R, SCALE, PRECISION) + tl.load(log_weights + pair) * LOG2E
-        top, total, out = add_rows(top, total, out, s, values, PRECISION)
+        s, extra = products(queries, keys, r, R, BR, PRECISION), tl.load(log_weights + pair) * LOG2E
+        top, total, out = add_rows(top, total, out, s, values, extra, SCALE * LOG2E, PRECISION)
     place = token.to(tl.int64) * H + h
     out = out / total[:, None]
     tl.store(
@@ -113,9 +113,9 @@ def read_pairs_kernel(
         )
         queries = load_heads(q, token * H + h, there, d, D)
         if R <= BR:
-            scores = logits(queries, keys, lane < R, SCALE, PRECISION)
-            top = tl.max(scores, 1)
-            p = tl.exp2(scores - top[:, None])
+            scores = products(queries, keys, lane, R, BR, PRECISION)
+            top = tl.max(scores, 1) * (SCALE * LOG2E)
+            p = tl.exp2(scores * (SCALE * LOG2E) - top[:, None])
             total = tl.sum(p, 1)
             out = tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
         else:
@@ -126,8 +126,10 @@ def read_pairs_kernel(
                 r = start + lane
                 some_keys = load_rows(mem_k, here, kv, KV, r[:, None], d[None, :], R, D)
                 some_values = load_rows(mem_v, here, kv, KV, r[:, None], d[None, :], R, D)
-                scores = logits(queries, some_keys, r < R, SCALE, PRECISION)
-                top, total, out = add_rows(top, total, out, scores, some_values, PRECISION)
+                scores = products(queries, some_keys, r, R, BR, PRECISION)
+                top, total, out = add_rows(
+                    top, total, out, scores, some_values, 0.0, SCALE * LOG2E, PRECISION
+                )
         place = (token.to(tl.int64) * K + choice) * H + h
         out = out / total[:, None]
         tl.store(

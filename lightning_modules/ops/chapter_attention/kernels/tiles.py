@@ -9,7 +9,9 @@ each token. Part j of token t has the number `t k + j`.
 
 Gradients of rows are always computed by chapter: each group leaves a sum, and sums of a chapter are
 added in their order, so that no addition is atomic. Exponentials are powers of two, so logits are
-multiplied by `log2 e`; lse and weights are natural logarithms outside of the kernels.
+multiplied by `log2 e`; lse and weights are natural logarithms outside of the kernels. With 64
+channels the exponentials alone take as long as the products; so `scale log2 e` is multiplied where
+an exponent is taken, together with what is subtracted there, as one operation for each logit.
 """
 
 import triton
@@ -50,18 +52,23 @@ def slot_tokens(order, first, s, inside, T, block, blocks, K: tl.constexpr, BY_T
 
 
 @triton.jit
-def logits(q, keys, inside, SCALE: tl.constexpr, PRECISION: tl.constexpr):
-    """`scale q k^T log2 e`, -inf for rows that are not inside."""
-    s = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * (SCALE * LOG2E)
-    return tl.where(inside[None, :], s, float("-inf"))
+def products(q, keys, r, R: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr):
+    """`q k^T`, -inf for rows that a chapter has not."""
+    s = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+    if R % BR != 0:
+        s = tl.where((r < R)[None, :], s, float("-inf"))
+    return s
 
 
 @triton.jit
-def add_rows(top, total, out, s, values, PRECISION: tl.constexpr):
-    """A running softmax, with more logits s: its largest one, sum of exponentials, and output."""
-    new = tl.maximum(top, tl.max(s, 1))
+def add_rows(top, total, out, s, values, extra, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
+    """A running softmax, with more logits `FACTOR s + extra`, FACTOR over 0.
+
+    Its largest logit, sum of exponentials, and output.
+    """
+    new = tl.maximum(top, tl.max(s, 1) * FACTOR + extra)
     shift = tl.where(new == float("-inf"), 0.0, new)  # so far nothing but weights of 0
-    p, keep = tl.exp2(s - shift[:, None]), tl.exp2(top - shift)
+    p, keep = tl.exp2(s * FACTOR + (extra - shift)[:, None]), tl.exp2(top - shift)
     total = total * keep + tl.sum(p, 1)
     out = out * keep[:, None] + tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
     return new, total, out
