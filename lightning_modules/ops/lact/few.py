@@ -60,9 +60,10 @@ def write_backward(
         drates: sums of parts, `[rate_parts, G, C, R]`.
     """
     changes, after = [], []
-    for pair, parts in zip(blocks, drates.chunk(len(blocks)), strict=True):
+    parts = drates.chunk(len(blocks)) if len(blocks) > 1 else (drates,)  # a view is 8 us
+    for pair, sums in zip(blocks, parts, strict=True):
         hidden_size = pair[1].shape[-1] // 2
-        pa, ud = _operands_backward(*pair, k, v, rates, parts)
+        pa, ud = _operands_backward(*pair, k, v, rates, sums)
         changes.append(_changes(pa, k, v, ud, hidden_size))
         after.append((pa, ud))
     for j, (pair, gradients) in enumerate(zip(blocks, after, strict=True)):
