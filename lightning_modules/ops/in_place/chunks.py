@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_modules.ops.grid import MoveRows, Progress, inverse
+from lightning_modules.ops.in_place.prefix import Prefix
 from lightning_modules.ops.products import product
 from lightning_modules.ops.states import InPlaceState
 
@@ -27,27 +28,19 @@ def read_chunks(
     time, before = z.shape[1], Progress.of(state, z)
     count = before.pending_count
     if state is None:
-        z_, w_ = _cut(z, size), _cut(w, size)
-        adds = product(w_.mT, z_, z.dtype)
-        first = torch.zeros_like(adds[:, :1])
+        z_, w_, dw, opened = _cut(z, size), _cut(w, size), None, None
     else:
         slot, token = _slots(count, time, _up_to(time + size - 1, size))
         z_, w_ = (_move(x, token, slot).unflatten(1, (-1, size)) for x in (z, w))
-        adds = product(w_.mT, z_, z.dtype)
-        adds = torch.cat([adds[:, :1] + state.pending_dw.unsqueeze(1), adds[:, 1:]], dim=1)
-        first = state.dw.unsqueeze(1)
+        dw, opened = state.dw, state.pending_dw
+    adds = product(w_.mT, z_, z.dtype)
     place = torch.arange(adds.shape[1], device=z.device)
-    full = (count + time) // size
-    closed = (place < full.unsqueeze(1))[..., None, None]
-    still = (place == full.unsqueeze(1))[..., None, None]
-    open_from = time // size
-    pending = (adds[:, open_from:] * still[:, open_from:]).sum(1)
-    total = torch.cat([first, clipped(adds, clip) * closed], dim=1).cumsum(1)
-    read = product(z_, total[:, :-1].mT, z.dtype).flatten(1, 2)
+    full = ((count + time) // size).unsqueeze(1)
+    closed, still = place < full, place == full
+    totals, dw, pending = Prefix.apply(adds, dw, opened, clip, closed, still, time // size)
+    read = product(z_, totals.mT, z.dtype).flatten(1, 2)
     change = read[:, :time] if state is None else _move(read, slot, token)
     seen, document = before.tokens_seen + time, before.document_id
-    # A copy: the state must not keep the matrices of all chunks.
-    dw = total[:, -1].clone()
     return change, InPlaceState(dw, pending, (count + time) % size, seen, document)
 
 
