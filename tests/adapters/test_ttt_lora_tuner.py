@@ -83,7 +83,9 @@ def test_known_architectures_get_all_linear_layers_but_the_head(
     assert trainable and all(f".{CELLS}." in name for name in trainable)
     assert len(trainable) == 9 * len(layers)
     expected, _ = decode(model.double(), text(), [LENGTH])
-    torch.testing.assert_close(decode(model, text(), [5, 1, 7])[0], expected, **EXACT)
+    # Gemma 2's softmax is float32, whatever the model is; the order of its sums depends on the CPU.
+    close = EXACT | {"atol": 2e-6} if architecture == "gemma2" else EXACT
+    torch.testing.assert_close(decode(model, text(), [5, 1, 7])[0], expected, **close)
 
 
 def test_the_default_for_images_and_text_leaves_the_images_alone() -> None:
