@@ -108,7 +108,7 @@ def run_forward(call: Call, x: Inputs) -> tuple[Tensor, Tensor, Tensor, Saved]:
             PER_ROW=x.w.dim() == 4,
             HAS_STATE=x.dw is not None,
             HAS_DOCUMENTS=layout.restart is not None,
-            **_walk(layout, size, GROUP if size <= NARROW else PART),
+            **_walk(layout, size),
             **shared,
         )
         read_kernel[(groups, batch * heads)](
@@ -181,7 +181,7 @@ def run_backward(
             db_out=upper[1],
             HAS_DSTATE=upper[0] is not None,
             HAS_DOCUMENTS=layout.restart is not None,
-            **_walk(layout, size, PART),
+            **_walk(layout, size),
             **shared,
         )
         inputs.input_gradient_kernel[(groups, batch * heads)](
@@ -311,18 +311,33 @@ NARROW = 64
 """Most channels of a head whose weights leave a program of four warps registers for the rest."""
 
 PART = 32
-"""Most tokens at once beside two matrices of weights, or those of wider heads, in registers."""
+"""Most tokens at once beside the weights of wider heads."""
+
+ROWS = 64
+"""Fewest rows of a product that a group of four warps takes at once (wgmma)."""
 
 
-def _walk(layout: Layout, size: int, most: int) -> dict[str, int]:
-    """Options of the kernels that walk from mini-batch to mini-batch, `most` tokens at once."""
-    warps = 4 if size <= NARROW and layout.size <= 32 else 8
-    tokens = min(padded(layout.size), most)
-    parts = -(-padded(layout.size) // tokens)
-    return {"BT": tokens, "PARTS": parts, "num_warps": warps, "num_stages": 2}
+def _walk(layout: Layout, size: int) -> dict[str, int]:
+    """Options of the kernels that walk from mini-batch to mini-batch.
+
+    Tokens are the rows of a tile if they fill those of a product: a warp then has all channels of
+    its tokens, and sums over them stay within it. Fewer tokens are columns, D the rows.
+    """
+    whole, wide = padded(layout.size), size > NARROW
+    tokens = min(whole, PART) if wide else whole
+    parts, rows = whole // tokens, tokens >= ROWS
+    return {
+        "BT": tokens,
+        "PARTS": parts,
+        "AXIS": int(rows),
+        "AHEAD": parts == 1 and not rows,
+        "num_warps": 8 if wide else 4,
+        "num_stages": 2,
+    }
 
 
 def _tile(layout: Layout, size: int) -> dict[str, int]:
     """Options of the kernels that take a group at once."""
-    slots = min(GROUP, layout.group * layout.size)
-    return {"BG": padded(slots), "num_warps": 4 if size <= NARROW else 8, "num_stages": 1}
+    slots, warps = min(GROUP, layout.group * layout.size), 4 if size <= NARROW else 8
+    alone = layout.group == 1
+    return {"BG": padded(slots), "SINGLE": alone, "num_warps": warps, "num_stages": 1}
