@@ -78,7 +78,8 @@ class Saved(NamedTuple):
 
     Attributes:
         g: gradients at the predictions for the keys, `[B, H, N m, D]`.
-        weights: transposed weight at the start of each group, `[B, H, N / S, D, D]`.
+        weights: weight at the start of each group, its outputs along `_axis`,
+            `[B, H, N / S, D, D]`.
         biases: its bias, `[B, H, N / S, D]`.
     """
 
@@ -299,6 +300,7 @@ def _shared(call: Call, x: Inputs) -> dict[str, Any]:
         "H": heads,
         "D": size,
         "BD": padded(size),
+        "AXIS": _axis(layout, size),
         "PRECISION": "tf32x3" if x.q.dtype == torch.float32 else "ieee",
         "CAUSAL": call.causal,
         "FLUSH": call.flush,
@@ -317,20 +319,24 @@ ROWS = 64
 """Fewest rows of a product that a group of four warps takes at once (wgmma)."""
 
 
-def _walk(layout: Layout, size: int) -> dict[str, int]:
-    """Options of the kernels that walk from mini-batch to mini-batch.
+def _axis(layout: Layout, size: int) -> int:
+    """The axis along which walks hold outputs, in tiles of tokens and in weights.
 
-    Tokens are the rows of a tile if they fill those of a product: a warp then has all channels of
-    its tokens, and sums over them stay within it. Fewer tokens are columns, D the rows.
+    1 if tokens can be the rows of a product: a warp then has all channels of its tokens, and sums
+    over them stay within it. Fewer tokens are columns, and D the rows.
     """
+    return int(size <= NARROW and padded(layout.size) >= ROWS)
+
+
+def _walk(layout: Layout, size: int) -> dict[str, int]:
+    """Options of the kernels that walk from mini-batch to mini-batch."""
     whole, wide = padded(layout.size), size > NARROW
     tokens = min(whole, PART) if wide else whole
-    parts, rows = whole // tokens, tokens >= ROWS
+    parts = whole // tokens
     return {
         "BT": tokens,
         "PARTS": parts,
-        "AXIS": int(rows),
-        "AHEAD": parts == 1 and not rows,
+        "AHEAD": parts == 1 and _axis(layout, size) == 0,
         "num_warps": 8 if wide else 4,
         "num_stages": 2,
     }

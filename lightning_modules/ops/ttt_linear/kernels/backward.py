@@ -49,7 +49,7 @@ def normalised(z, D: tl.constexpr, EPS: tl.constexpr):
 def gradients_of_reads(
     q, do, dp, dg, sums, weights, biases, keys, new, gain, tau, e, factor, n, i, t, asked, lane, at,
     kept, state, b, h, T, P, H, EPS: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
-    CAUSAL: tl.constexpr, SINGLE: tl.constexpr,
+    CAUSAL: tl.constexpr, SINGLE: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """Gradients at what queries read, and of `G` inside their mini-batch; sums for gamma, beta."""
     d = lane[None, :]
@@ -57,7 +57,7 @@ def gradients_of_reads(
     c = reading_coefficients(tau, e, earlier_coefficients(e, factor, n, SINGLE), n, i, CAUSAL)
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
     mixed = (c * (scores + 1.0)).to(keys.dtype)  # early: the two factors would not fit
-    p = readings(queries, weights, biases, state, lane, D, PRECISION)
+    p = readings(queries, weights, biases, state, lane, D, AXIS, PRECISION)
     p = centred(p + tl.dot(mixed, new, input_precision=PRECISION), lane, D)
     ph, over = normalised(p, D, EPS)
     upper = load_tokens(do, do, t, asked, d, b, h, T, P, H, D, False).to(p.dtype)
@@ -75,11 +75,11 @@ def gradients_of_reads(
 def readings_of_keys(
     v, held_v, zh, rstd, along, weights, biases, keys, new, gain, shift, e, factor, n, t, there,
     inside, lane, place, at, kept, state, b, h, T, P, H, EPS: tl.constexpr, D: tl.constexpr,
-    PRECISION: tl.constexpr, HAS_PENDING: tl.constexpr, SINGLE: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_PENDING: tl.constexpr, SINGLE: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """The normalised predictions for keys, and their statistics."""
     d = lane[None, :]
-    z = readings(keys, weights, biases, state, lane, D, PRECISION)
+    z = readings(keys, weights, biases, state, lane, D, AXIS, PRECISION)
     if not SINGLE:
         scores = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
         mixed = earlier_coefficients(e, factor, n, SINGLE) * (scores + 1.0)
@@ -129,6 +129,7 @@ def output_gradient_kernel(
     BD: tl.constexpr,
     BG: tl.constexpr,
     SINGLE: tl.constexpr,
+    AXIS: tl.constexpr,
     PRECISION: tl.constexpr,
     CAUSAL: tl.constexpr,
     FLUSH: tl.constexpr,
@@ -163,12 +164,13 @@ def output_gradient_kernel(
         gradients_of_reads(
             q, do, dp, dg, sums, weights, biases, keys, new, gain, tau, e, factor, n, i, t, asked,
             lane, at, kept, state, b, h, T, P, H, EPS, D, PRECISION, CAUSAL, SINGLE,
+            AXIS,
         )  # fmt: skip
     if HALVES == 1 or tl.program_id(2) == 1:
         readings_of_keys(
             v, held_v, zh, rstd, along, weights, biases, keys, new, gain, shift, e, factor, n, t,
             there, inside, lane, place, at, kept, state, b, h, T, P, H, EPS, D, PRECISION,
-            HAS_PENDING, SINGLE,
+            HAS_PENDING, SINGLE, AXIS,
         )  # fmt: skip
 
 
@@ -296,7 +298,7 @@ def weight_gradient_kernel(
         n = N - 1 - back
         if (n % S == S - 1) | (back == 0):
             group = row * tl.cdiv(N, S) + n // S
-            store_weights(dweights, dbiases, group, upper, upper_bias, d, D, AXIS)
+            store_weights(dweights, dbiases, group, upper, upper_bias, d, D)
         old, old_bias = upper.to(k.dtype.element_ty), upper_bias
         for part in range(0, PARTS):
             i = part * BT + tl.arange(0, BT)

@@ -132,7 +132,7 @@ def write_kernel(
                 weight, bias = initial_weights(w, b0, dw, db, first, row, 0, d, D, AXIS, False)
         if n % S == 0:
             group = row * tl.cdiv(N, S) + n // S
-            store_weights(weights, biases, group, weight, bias, d, D, AXIS)
+            store_weights(weights, biases, group, weight, bias, d, D)
         old, old_bias = weight.to(k.dtype.element_ty), bias
         for part in range(0, PARTS):
             i = part * BT + tl.arange(0, BT)
@@ -205,6 +205,7 @@ def read_kernel(
     BD: tl.constexpr,
     BG: tl.constexpr,
     SINGLE: tl.constexpr,
+    AXIS: tl.constexpr,
     PRECISION: tl.constexpr,
     CAUSAL: tl.constexpr,
     FLUSH: tl.constexpr,
@@ -229,7 +230,7 @@ def read_kernel(
     mixed = (c * (scores + 1.0)).to(keys.dtype)
     at = row * tl.cdiv(N, S) + group
     lane = tl.arange(0, BD)
-    z = readings(queries, weights, biases, at, lane, D, PRECISION)
+    z = readings(queries, weights, biases, at, lane, D, AXIS, PRECISION)
     z = centred(z + tl.dot(mixed, new, input_precision=PRECISION), lane, D)
     zh = z * tl.rsqrt(tl.sum(z * z, 1) / D + EPS)[:, None]
     gain = tl.load(gamma + h * D + d, mask=d < D, other=0.0)

@@ -11,18 +11,11 @@ from lightning_modules.ops.ttt_linear.kernels.tiles import (
     load_etas,
     load_slots,
     load_tokens,
+    load_weights,
     places,
     reading_coefficients,
     slots_of,
 )
-
-
-@triton.jit
-def load_weight(weights, at, d, D: tl.constexpr):
-    """The transposed weight `[out, in]` of a group."""
-    real = (d[:, None] < D) & (d[None, :] < D)
-    place = at * D * D + d[:, None] * D + d[None, :]
-    return tl.load(weights + place, mask=real, other=0.0)
 
 
 @triton.jit
@@ -89,6 +82,7 @@ def input_gradient_kernel(
     BD: tl.constexpr,
     BG: tl.constexpr,
     SINGLE: tl.constexpr,
+    AXIS: tl.constexpr,
     PRECISION: tl.constexpr,
     CAUSAL: tl.constexpr,
     FLUSH: tl.constexpr,
@@ -117,7 +111,7 @@ def input_gradient_kernel(
     asked = here & (tokens >= 0)
     queries = load_tokens(q, q, tokens, asked, d, b, h, T, P, H, D, False)
     new = load_slots(g, at, d, within, D)
-    weight = load_weight(weights, state, lane, D)
+    weight = load_weights(weights, state, d, lane[:, None], D, AXIS)
     asking = load_slots(dp, at, d, within, D)
     u = tl.dot(asking, tl.trans(new), input_precision=PRECISION)
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) + 1.0
@@ -139,7 +133,8 @@ def input_gradient_kernel(
         out += tl.dot(x, keys, input_precision=PRECISION)
         out += tl.dot(tl.trans(x), keys, input_precision=PRECISION)
     out += tl.dot(read, weight, input_precision=PRECISION)
-    written = tl.dot(new, load_weight(dweights, state, lane, D), input_precision=PRECISION)
+    upper = load_weights(dweights, state, d, lane[:, None], D, AXIS)
+    written = tl.dot(new, upper, input_precision=PRECISION)
     upper_bias = tl.load(dbiases + state * D + d, mask=d < D, other=0.0)
     dstep += tl.sum(written * keys.to(out.dtype) + new.to(out.dtype) * upper_bias, 1)
     out += written * (-factor * e)[:, None]

@@ -150,10 +150,10 @@ def closing_factors(
 
 
 @triton.jit
-def store_weights(weights, biases, at, weight, bias, d, D: tl.constexpr, AXIS: tl.constexpr):
-    """Put a weight, `[out, in]`, and a bias to place `at` of `[..., D, D]`, `[..., D]`."""
+def store_weights(weights, biases, at, weight, bias, d, D: tl.constexpr):
+    """Put a weight as it is, outputs along AXIS, and a bias to place `at` of their groups."""
     real = (d[:, None] < D) & (d[None, :] < D)
-    place = at * D * D + outputs_of(d, AXIS) * D + inputs_of(d, AXIS)
+    place = at * D * D + d[:, None] * D + d[None, :]
     tl.store(weights + place, weight.to(weights.dtype.element_ty), mask=real)
     tl.store(biases + at * D + d, bias, mask=d < D)
 
@@ -188,11 +188,19 @@ def earlier_coefficients(e, factor, n, SINGLE: tl.constexpr):
 
 
 @triton.jit
-def readings(x, weights, biases, at, d, D: tl.constexpr, PRECISION: tl.constexpr):
+def load_weights(weights, at, inputs, outputs, D: tl.constexpr, AXIS: tl.constexpr):
+    """What `store_weights` put there, a tile as inputs and outputs lie in it."""
+    first, second = (outputs, inputs) if AXIS == 0 else (inputs, outputs)
+    place = at * D * D + first * D + second
+    return tl.load(weights + place, mask=(first < D) & (second < D), other=0.0)
+
+
+@triton.jit
+def readings(
+    x, weights, biases, at, d, D: tl.constexpr, AXIS: tl.constexpr, PRECISION: tl.constexpr
+):
     """`x W + b`, `[slots, D]`, of the weights at the start of a group."""
-    real = (d[:, None] < D) & (d[None, :] < D)
-    place = at * D * D + d[None, :] * D + d[:, None]
-    weight = tl.load(weights + place, mask=real, other=0.0)
+    weight = load_weights(weights, at, d[:, None], d[None, :], D, AXIS)
     z = tl.dot(x, weight, input_precision=PRECISION)
     return z + tl.load(biases + at * D + d, mask=d < D, other=0.0)[None, :]
 
