@@ -10,6 +10,9 @@ from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any
 
+import torch
+from torch import Tensor
+
 Grid = tuple[int, int, int]
 
 
@@ -69,6 +72,18 @@ class Launcher:
 def launcher(module: str, kernel: str) -> Launcher:
     """That of a kernel, whose module is imported when it is launched: there may be no triton."""
     return Launcher(getattr(import_module(module), kernel))
+
+
+def given(tensors: Sequence[Tensor | None], other: Tensor) -> list[Tensor]:
+    """Tensors, and for those that are not there another that the kernel does not touch."""
+    return [other if x is None else x for x in tensors]
+
+
+def wide(dtype: torch.dtype) -> Any:
+    """The dtype in which a kernel computes with numbers of a dtype: float32, or float64."""
+    import triton.language as tl
+
+    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 @lru_cache(maxsize=4096, typed=True)

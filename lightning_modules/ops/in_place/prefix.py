@@ -5,8 +5,8 @@ min(1, clip / ||x_n||)` and S of the state:
 
     before_n = S + sum_{i < n} f_i x_i,   after = S + sum_i f_i x_i,   pending = sum_i still_i x_i
 
-Autograd's operations would pass over them three times as often: gradients of slices, of every
-factor, and of the sum, which is turned around for them.
+Autograd's operations would move 1.6 times as many bytes: gradients of slices, of every factor, and
+of the sum, which is turned around for them.
 """
 
 from typing import Any

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.ops.lact.sizes import Pair
-from lightning_modules.ops.launcher import Options, launcher
+from lightning_modules.ops.launcher import Options, launcher, wide
 from lightning_modules.ops.tile_size import padded
 
 KERNELS = "lightning_modules.ops.lact.kernels.few"
@@ -90,9 +90,9 @@ def _operands_backward(
 def _changes(scaled: Tensor, x: Tensor, d: Tensor, hidden: Tensor, hidden_size: int) -> Pair:
     """`scaled^T x` and `d^T hidden`, of their first 2 F and F channels; wide."""
     groups, length, size = x.shape
-    wide = torch.promote_types(x.dtype, torch.float32)
-    of_w02 = x.new_empty(groups, 2 * hidden_size, size, dtype=wide)
-    of_w1 = x.new_empty(groups, size, hidden_size, dtype=wide)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    of_w02 = x.new_empty(groups, 2 * hidden_size, size, dtype=exact)
+    of_w1 = x.new_empty(groups, size, hidden_size, dtype=exact)
     widths = {"WIDTH": scaled.shape[-1], "HIDDEN": hidden.shape[-1]}
     options = _product_options(x.dtype, hidden_size, size, **widths)
     tiles = _tiles(2 * hidden_size, size, options) + _tiles(size, hidden_size, options)
@@ -106,7 +106,7 @@ def _token_gradients(
 ) -> None:
     """`pa first` and `ud second^T` into dk and dv, or added to them."""
     groups, length, size = dk.shape
-    more = {"WIDE": _wide(dk.dtype), "ADD": add}
+    more = {"WIDE": wide(dk.dtype), "ADD": add}
     options = _product_options(dk.dtype, second.shape[-1] // 2, size, **more)
     grid = (2 * _tiles(length, size, options), groups, 1)
     launcher(KERNELS, "tokens_kernel")(grid, (pa, ud, first, second, dk, dv), (length,), options)
@@ -125,7 +125,7 @@ def _gate_options(
     dtype: torch.dtype, hidden_size: int, size: int, rates: int, tokens: int, **more: int
 ) -> Options:
     """Of kernels that end in gates, for tiles of so many tokens."""
-    own = {"R": rates, "WIDE": _wide(dtype), "BF": min(CHANNELS, padded(hidden_size))}
+    own = {"R": rates, "WIDE": wide(dtype), "BF": min(CHANNELS, padded(hidden_size))}
     return Options(
         own, BT=tokens, BK=_depth(dtype, size), **_common(dtype, hidden_size, size), **more
     )
@@ -147,10 +147,3 @@ def _common(dtype: torch.dtype, hidden_size: int, size: int) -> dict[str, Any]:
 def _depth(dtype: torch.dtype, size: int) -> int:
     """Of a step of a sum: 128 bytes."""
     return min(128 // dtype.itemsize, padded(size))
-
-
-def _wide(dtype: torch.dtype) -> Any:
-    """The dtype in which a kernel computes."""
-    import triton.language as tl
-
-    return tl.float64 if dtype == torch.float64 else tl.float32

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.ops.lact.walk import Block
-from lightning_modules.ops.launcher import Options, launcher
+from lightning_modules.ops.launcher import Options, given, launcher, wide
 from lightning_modules.ops.tile_size import padded
 
 KERNELS = "lightning_modules.ops.lact.kernels.tokens"
@@ -26,7 +26,7 @@ def gather(x: Tensor, held: Tensor | None, block: Block, dtype: torch.dtype) -> 
         # Vectors of 16 bytes; of E alone, so that no other length compiles another kernel.
         aligned = inner % 16 == 0 and strides[0] % 16 == 0
         options = _token_options(inner, *_features(held, block), ALIGNED=aligned)
-        tensors = [x if y is None else y for y in (x, held, block.token, out)]
+        tensors = given((x, held, block.token, out), x)
         sizes = (*strides, *_token_sizes(x, held, block))
         launcher(KERNELS, "gather_kernel")(_token_grid(x, block), tensors, sizes, options)
     return out
@@ -36,7 +36,7 @@ def scatter(slots: Tensor, x: Tensor, held: Tensor | None, block: Block) -> None
     """The inverse: writes into x and held, both contiguous, where the block has tokens."""
     if slots.numel():
         options = _token_options(x.shape[-1], *_features(held, block))
-        tensors = [x if y is None else y for y in (x, held, block.token, slots)]
+        tensors = given((x, held, block.token, slots), x)
         sizes = _token_sizes(x, held, block)
         launcher(KERNELS, "scatter_kernel")(_token_grid(x, block), tensors, sizes, options)
 
@@ -141,17 +141,12 @@ def _gate(
     assert first is not None
     count = first.shape[:-1].numel()
     across = 1 if walks else -(-options["F"] // options["BF"])
-    given = [first if x is None else x for x in tensors]
     grid = (-(-count // options["BT"]), across, 1)
-    launcher(GATES, f"{name}_kernel")(grid, given, (count,), options)
+    launcher(GATES, f"{name}_kernel")(grid, given(tensors, first), (count,), options)
 
 
 @cache
-def _gate_options(
-    dtype: torch.dtype, hidden_size: int, *, BT: int = 16, **more: int
-) -> Options:  # BT: rows of a program
-    import triton.language as tl
-
-    wide = tl.float64 if dtype == torch.float64 else tl.float32
-    own = {"F": hidden_size, "WIDE": wide, "BT": BT, "BF": min(128, padded(hidden_size))}
+def _gate_options(dtype: torch.dtype, hidden_size: int, *, BT: int = 16, **more: int) -> Options:
+    """BT: rows of a program."""
+    own = {"F": hidden_size, "WIDE": wide(dtype), "BT": BT, "BF": min(128, padded(hidden_size))}
     return Options(own, num_warps=4, **more)

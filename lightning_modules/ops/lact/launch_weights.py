@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_modules.ops.lact.memory import EPS
 from lightning_modules.ops.lact.sizes import Pair, Sizes
 from lightning_modules.ops.lact.walk import Change
-from lightning_modules.ops.launcher import Options, launcher
+from lightning_modules.ops.launcher import Options, given, launcher
 from lightning_modules.ops.tile_size import padded
 
 KERNELS = "lightning_modules.ops.lact.kernels.update"
@@ -156,8 +156,7 @@ def _launch(
 ) -> None:
     """Launch a kernel on all rows; `other` stands for tensors that it does not look at."""
     grid = (sizes.groups * -(-sizes.rows // options["BR"]), 1, 1)
-    given = [other if x is None else x for x in tensors]
-    launcher(KERNELS, f"{name}_kernel")(grid, given, (sizes.batch,), options)
+    launcher(KERNELS, f"{name}_kernel")(grid, given(tensors, other), (sizes.batch,), options)
 
 
 def _features(change: Change) -> tuple[bool, bool, bool]:

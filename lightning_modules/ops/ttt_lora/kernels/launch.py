@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from lightning_modules.ops.launcher import Launcher, Options
+from lightning_modules.ops.launcher import Launcher, Options, given
 from lightning_modules.ops.tile_size import padded
 from lightning_modules.ops.ttt_lora.call import Call, held_get_gradients
 from lightning_modules.ops.ttt_lora.kernels.backward import (
@@ -254,11 +254,6 @@ def behind(tokens: Sequence[Tensor], base: Tensor) -> dict[str, int]:
 def strides(q: Tensor, eta: Tensor) -> tuple[int, ...]:
     """Of rows, tokens and adapters."""
     return (*q.stride()[:3], *eta.stride())
-
-
-def given(tensors: Sequence[Tensor | None], other: Tensor) -> list[Tensor]:
-    """Tensors, another in place of those that a kernel will not look at."""
-    return [other if x is None else x for x in tensors]
 
 
 def options(call: Call, base: Tensor, few: int, norm: bool, state: bool, /, **more: Any) -> Options:
