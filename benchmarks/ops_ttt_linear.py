@@ -16,10 +16,13 @@ float64 confirm to 2e-7; here the states of both are compared with the torch bac
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -248,36 +251,59 @@ def line(
     return f"| {' | '.join(cells)} |"
 
 
-# which options, warps, stages, slots of a group or tokens at once (None: those of the kernels)
-CHOICES = [("_walk", w, n, None) for w, n in ((2, 2), (4, 1), (4, 2), (4, 3), (8, 2))]
-CHOICES += [("_walk", w, 2, tokens) for w, tokens in ((4, 16), (4, 32), (8, 32), (8, 64))]
-CHOICES += [("_tile", w, 1, slots) for w, slots in ((4, None), (8, None), (4, 32))]
+WALK_CHOICES: list[dict[str, int]] = [
+    *({"num_warps": warps} for warps in (4, 2, 8)),
+    *({"num_stages": stages} for stages in (1, 3)),
+    *({"AHEAD": ahead} for ahead in (0, 1)),
+    *({"AXIS": 0, "BT": tokens} for tokens in (16, 32, 64)),
+    *({"AXIS": 0, "BT": tokens, "num_warps": 8} for tokens in (32, 64)),
+]
+TILE_CHOICES: list[dict[str, int]] = [{"num_warps": 4}, {"num_warps": 8}, {"slots": 32}]
 
 
 def sweep(case: Case, repeats: int) -> None:
-    """Time of each kernel that a choice of warps, stages or slots concerns."""
+    """Time of each kernel that a choice of warps, stages, tokens at once, ... concerns."""
     x, given = draw(case)
-    for which, warps, stages, slots in CHOICES:
-        old, group = getattr(launch, which), layout.GROUP
-        chosen = {"num_warps": warps, "num_stages": stages}
-        if which == "_walk" and slots:
-            whole = launch.padded(case.mini_batch_size or case.time)
-            chosen |= {"BT": min(slots, whole), "PARTS": -(-whole // slots)}
-        setattr(launch, which, lambda *a, old=old, chosen=chosen: old(*a) | chosen)
-        layout.GROUP = slots if slots and which == "_tile" else group
-        try:
-            found = {
-                name: ms for name, ms, _ in kernel_times(training(x, given, "triton"), repeats)
-            }
-            names = WALKS if which == "_walk" else TILES
-            text = ", ".join(f"{n} {found.get(f'{n}_kernel', float('nan')):.3f}" for n in names)
-        except Exception as error:
-            text = reason(error)
-        finally:
-            setattr(launch, which, old)
-            layout.GROUP = group
-        slots = f", {slots} at once" if slots else ""
-        print(f"  {which[1:]} {warps} warps, {stages} stages{slots}: {text}", flush=True)
+    seen = []
+    for which, names in (("_walk", WALKS), ("_tile", TILES)):
+        for chosen in WALK_CHOICES if which == "_walk" else TILE_CHOICES:
+            with changed(which, chosen) as used:
+                try:
+                    times = kernel_times(training(x, given, "triton"), repeats)
+                    found = {name: ms for name, ms, _ in times}
+                    text = ", ".join(f"{n} {found.get(f'{n}_kernel', nan):.3f}" for n in names)
+                except Exception as error:
+                    text = reason(error)
+            if used not in seen:  # several choices are the same for small mini-batches
+                seen.append(used)
+                options = ", ".join(f"{n} {int(value)}" for n, value in used.items())
+                print(f"  {which[1:]} {options}: {text}", flush=True)
+
+
+@contextmanager
+def changed(which: str, chosen: dict[str, int]) -> Iterator[dict[str, int]]:
+    """Kernels with some options chosen; yields the place where all that they then got appear."""
+    real = getattr(launch, which)
+    used: dict[str, int] = {}
+
+    def options(cut: layout.Layout, size: int) -> dict[str, int]:
+        given = {n: x for n, x in chosen.items() if n not in ("AXIS", "slots")}
+        found = real(cut, size) | given
+        if which == "_walk":
+            whole = launch.padded(cut.size)
+            found["BT"] = min(found["BT"], whole)
+            found["PARTS"] = whole // found["BT"]
+            found["AHEAD"] = found["AHEAD"] and found["PARTS"] == 1
+            used["AXIS"] = launch._axis(cut, size)
+        used.update(found)
+        return found
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(launch, which, options))
+        stack.enter_context(patch.object(layout, "GROUP", chosen.get("slots", layout.GROUP)))
+        if "AXIS" in chosen:
+            stack.enter_context(patch.object(launch, "_axis", lambda *_: chosen["AXIS"]))
+        yield used
 
 
 def main() -> None:
@@ -292,7 +318,7 @@ def main() -> None:
     parser.add_argument(
         "--sweep",
         action="store_true",
-        help="time of each kernel for a few warps, stages, slots instead",
+        help="time of each kernel for a few warps, stages, tokens at once, ... instead",
     )
     parser.add_argument("--out", type=Path, help="file to write")
     options = parser.parse_args()

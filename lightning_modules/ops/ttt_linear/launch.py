@@ -78,7 +78,8 @@ class Saved(NamedTuple):
 
     Attributes:
         g: gradients at the predictions for the keys, `[B, H, N m, D]`.
-        weights: transposed weight at the start of each group, `[B, H, N / S, D, D]`.
+        weights: weight at the start of each group, its outputs along `_axis`,
+            `[B, H, N / S, D, D]`.
         biases: its bias, `[B, H, N / S, D]`.
     """
 
@@ -108,7 +109,7 @@ def run_forward(call: Call, x: Inputs) -> tuple[Tensor, Tensor, Tensor, Saved]:
             PER_ROW=x.w.dim() == 4,
             HAS_STATE=x.dw is not None,
             HAS_DOCUMENTS=layout.restart is not None,
-            **_walk(layout, size, GROUP if size <= NARROW else PART),
+            **_walk(layout, size),
             **shared,
         )
         read_kernel[(groups, batch * heads)](
@@ -181,7 +182,7 @@ def run_backward(
             db_out=upper[1],
             HAS_DSTATE=upper[0] is not None,
             HAS_DOCUMENTS=layout.restart is not None,
-            **_walk(layout, size, PART),
+            **_walk(layout, size),
             **shared,
         )
         inputs.input_gradient_kernel[(groups, batch * heads)](
@@ -299,6 +300,7 @@ def _shared(call: Call, x: Inputs) -> dict[str, Any]:
         "H": heads,
         "D": size,
         "BD": padded(size),
+        "AXIS": _axis(layout, size),
         "PRECISION": "tf32x3" if x.q.dtype == torch.float32 else "ieee",
         "CAUSAL": call.causal,
         "FLUSH": call.flush,
@@ -311,18 +313,37 @@ NARROW = 64
 """Most channels of a head whose weights leave a program of four warps registers for the rest."""
 
 PART = 32
-"""Most tokens at once beside two matrices of weights, or those of wider heads, in registers."""
+"""Most tokens at once beside the weights of wider heads."""
+
+ROWS = 64
+"""Fewest rows of a product that a group of four warps takes at once (wgmma)."""
 
 
-def _walk(layout: Layout, size: int, most: int) -> dict[str, int]:
-    """Options of the kernels that walk from mini-batch to mini-batch, `most` tokens at once."""
-    warps = 4 if size <= NARROW and layout.size <= 32 else 8
-    tokens = min(padded(layout.size), most)
-    parts = -(-padded(layout.size) // tokens)
-    return {"BT": tokens, "PARTS": parts, "num_warps": warps, "num_stages": 2}
+def _axis(layout: Layout, size: int) -> int:
+    """The axis along which walks hold outputs, in tiles of tokens and in weights.
+
+    1 if tokens can be the rows of a product: a warp then has all channels of its tokens, and sums
+    over them stay within it. Fewer tokens are columns, and D the rows.
+    """
+    return int(size <= NARROW and padded(layout.size) >= ROWS)
+
+
+def _walk(layout: Layout, size: int) -> dict[str, int]:
+    """Options of the kernels that walk from mini-batch to mini-batch."""
+    whole, wide = padded(layout.size), size > NARROW
+    tokens = min(whole, PART) if wide else whole
+    parts = whole // tokens
+    return {
+        "BT": tokens,
+        "PARTS": parts,
+        "AHEAD": parts == 1 and _axis(layout, size) == 0,
+        "num_warps": 8 if wide else 4,
+        "num_stages": 2,
+    }
 
 
 def _tile(layout: Layout, size: int) -> dict[str, int]:
     """Options of the kernels that take a group at once."""
-    slots = min(GROUP, layout.group * layout.size)
-    return {"BG": padded(slots), "num_warps": 4 if size <= NARROW else 8, "num_stages": 1}
+    slots, warps = min(GROUP, layout.group * layout.size), 4 if size <= NARROW else 8
+    alone = layout.group == 1
+    return {"BG": padded(slots), "SINGLE": alone, "num_warps": warps, "num_stages": 1}

@@ -19,14 +19,20 @@ import triton.language as tl
 from lightning_modules.ops.ttt_linear.kernels.tiles import (
     SIZES,
     add_to,
+    applied,
     both_sums,
+    centred,
     closing_factors,
+    earlier_coefficients,
+    inputs_of,
     load_etas,
     load_slots,
     load_tokens,
+    outer,
+    outputs_of,
     places,
-    predictions,
     reading_coefficients,
+    readings,
     slots_of,
     store_weights,
 )
@@ -41,17 +47,18 @@ def normalised(z, D: tl.constexpr, EPS: tl.constexpr):
 
 @triton.jit
 def gradients_of_reads(
-    q, do, dp, dg, sums, weights, biases, keys, new, gain, tau, e, factor, n, i, m, t, asked, lane,
-    at, kept, state, b, h, T, P, H, EPS: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    q, do, dp, dg, sums, weights, biases, keys, new, gain, tau, e, factor, n, i, t, asked, lane, at,
+    kept, state, b, h, T, P, H, EPS: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, SINGLE: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """Gradients at what queries read, and of `G` inside their mini-batch; sums for gamma, beta."""
     d = lane[None, :]
     queries = load_tokens(q, q, t, asked, d, b, h, T, P, H, D, False)
-    c = reading_coefficients(tau, e, factor, n, i, m, True, CAUSAL)
+    c = reading_coefficients(tau, e, earlier_coefficients(e, factor, n, SINGLE), n, i, CAUSAL)
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
     mixed = (c * (scores + 1.0)).to(keys.dtype)  # early: the two factors would not fit
-    p = predictions(queries, mixed, new, weights, biases, state, lane, D, PRECISION)
+    p = readings(queries, weights, biases, state, lane, D, AXIS, PRECISION)
+    p = centred(p + tl.dot(mixed, new, input_precision=PRECISION), lane, D)
     ph, over = normalised(p, D, EPS)
     upper = load_tokens(do, do, t, asked, d, b, h, T, P, H, D, False).to(p.dtype)
     tl.store(sums + state * 2 * D + lane, tl.sum(upper * ph, 0), mask=lane < D)
@@ -66,17 +73,18 @@ def gradients_of_reads(
 
 @triton.jit
 def readings_of_keys(
-    v, held_v, zh, rstd, along, weights, biases, keys, new, gain, shift, tau, e, factor, n, i, m,
-    t, there, inside, lane, place, at, kept, state, b, h, T, P, H, EPS: tl.constexpr,
-    D: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, HAS_PENDING: tl.constexpr,
+    v, held_v, zh, rstd, along, weights, biases, keys, new, gain, shift, e, factor, n, t, there,
+    inside, lane, place, at, kept, state, b, h, T, P, H, EPS: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_PENDING: tl.constexpr, SINGLE: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """The normalised predictions for keys, and their statistics."""
     d = lane[None, :]
-    c = reading_coefficients(tau, e, factor, n, i, m, False, CAUSAL)
-    scores = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
-    mixed = (c * (scores + 1.0)).to(keys.dtype)
-    z = predictions(keys, mixed, new, weights, biases, state, lane, D, PRECISION)
-    z, over = normalised(z, D, EPS)
+    z = readings(keys, weights, biases, state, lane, D, AXIS, PRECISION)
+    if not SINGLE:
+        scores = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
+        mixed = earlier_coefficients(e, factor, n, SINGLE) * (scores + 1.0)
+        z += tl.dot(mixed.to(keys.dtype), new, input_precision=PRECISION)
+    z, over = normalised(centred(z, lane, D), D, EPS)
     values = load_tokens(v, held_v, t, there, d, b, h, T, P, H, D, HAS_PENDING)
     error = gain * (gain * z + shift + keys.to(z.dtype) - values.to(z.dtype))
     tl.store(zh + at, z.to(keys.dtype), mask=kept)
@@ -120,6 +128,8 @@ def output_gradient_kernel(
     D: tl.constexpr,
     BD: tl.constexpr,
     BG: tl.constexpr,
+    SINGLE: tl.constexpr,
+    AXIS: tl.constexpr,
     PRECISION: tl.constexpr,
     CAUSAL: tl.constexpr,
     FLUSH: tl.constexpr,
@@ -152,26 +162,28 @@ def output_gradient_kernel(
     state = row * tl.cdiv(N, S) + group
     if HALVES == 1 or tl.program_id(2) == 0:
         gradients_of_reads(
-            q, do, dp, dg, sums, weights, biases, keys, new, gain, tau, e, factor, n, i, m, t,
-            asked, lane, at, kept, state, b, h, T, P, H, EPS, D, PRECISION, CAUSAL,
+            q, do, dp, dg, sums, weights, biases, keys, new, gain, tau, e, factor, n, i, t, asked,
+            lane, at, kept, state, b, h, T, P, H, EPS, D, PRECISION, CAUSAL, SINGLE,
+            AXIS,
         )  # fmt: skip
     if HALVES == 1 or tl.program_id(2) == 1:
         readings_of_keys(
-            v, held_v, zh, rstd, along, weights, biases, keys, new, gain, shift, tau, e, factor,
-            n, i, m, t, there, inside, lane, place, at, kept, state, b, h, T, P, H, EPS, D,
-            PRECISION, CAUSAL, HAS_PENDING,
+            v, held_v, zh, rstd, along, weights, biases, keys, new, gain, shift, e, factor, n, t,
+            there, inside, lane, place, at, kept, state, b, h, T, P, H, EPS, D, PRECISION,
+            HAS_PENDING, SINGLE, AXIS,
         )  # fmt: skip
 
 
 @triton.jit
-def key_gradients(dg, zh, g, gain, r, a, D: tl.constexpr):
-    """`dh` and `dz` from `dG` (all `[D, slots]`): the equations of `weight_gradient_kernel`."""
-    total, x = both_sums(dg, zh * dg)
-    dg, x = dg - (total / D)[None, :], (x / D)[None, :]
+def key_gradients(dg, zh, g, gain, r, a, D: tl.constexpr, AXIS: tl.constexpr):
+    """`dh` and `dz` from `dG`: the equations of `weight_gradient_kernel`."""
+    total, x = both_sums(dg, zh * dg, AXIS)
+    dg, x = dg - inputs_of(total / D, AXIS), inputs_of(x / D, AXIS)
     dh = r * (dg - zh * x)
     y = gain * gain * dh
-    total, along = both_sums(y, zh * y + dg * g)
-    return dh, r * (y - (total / D)[None, :] - zh * (along / D)[None, :] - a * dh - x * g)
+    total, along = both_sums(y, zh * y + dg * g, AXIS)
+    dz = y - inputs_of(total / D, AXIS) - zh * inputs_of(along / D, AXIS) - a * dh - x * g
+    return dh, r * dz
 
 
 @triton.jit
@@ -179,6 +191,31 @@ def add_initial(dw, db, row, place, real, weight, bias, d, D: tl.constexpr):
     """Add the gradients of the weights with which the documents of a row begin."""
     add_to(dw + place, weight, real)
     add_to(db + row * D + d, bias, d < D)
+
+
+@triton.jit
+def tokens_to_undo(
+    q, k, eta, tau, held_k, held_eta, token, fill, last, g, dp, dg, zh, rstd, along, row, n, i, d,
+    b, h, T, N, m, P, B, H, D: tl.constexpr, AXIS: tl.constexpr, CAUSAL: tl.constexpr,
+    FLUSH: tl.constexpr, HAS_GRID: tl.constexpr, HAS_PENDING: tl.constexpr,
+):  # fmt: skip
+    """What a step back reads: keys, queries, dp, dG inside, zh, G, 1 / std, mean(zh h), steps."""
+    t, there = places(token, b, n, i, i < m, B, T, P, m, HAS_GRID)
+    e = load_etas(eta, held_eta, t, there, b, h, T, P, H, HAS_PENDING)
+    factor, _ = closing_factors(tau, fill, last, n, b, B, N, T, m, CAUSAL, FLUSH, HAS_GRID)
+    out, across, here = outputs_of(d, AXIS), inputs_of(t, AXIS), inputs_of(there, AXIS)
+    keys = load_tokens(k, held_k, across, here, out, b, h, T, P, H, D, HAS_PENDING)
+    asked = (there & (t >= 0))[:, None]
+    queries = load_tokens(q, q, t[:, None], asked, d[None, :], b, h, T, P, H, D, False)
+    slot, inside = row * N * m + n * m + i, i < m
+    at, kept = inputs_of(slot, AXIS) * D + out, inputs_of(inside, AXIS) & (out < D)
+    asking = tl.load(dp + at, mask=kept, other=0.0)
+    own = tl.load(dg + at, mask=kept, other=0.0)
+    z = tl.load(zh + at, mask=kept, other=0.0)
+    new = tl.load(g + at, mask=kept, other=0.0)
+    r = inputs_of(tl.load(rstd + slot, mask=inside, other=0.0), AXIS)
+    a = inputs_of(tl.load(along + slot, mask=inside, other=0.0), AXIS)
+    return keys, queries, asking, own, z, new, r, a, inputs_of(-factor * e, AXIS)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -221,6 +258,8 @@ def weight_gradient_kernel(
     BD: tl.constexpr,
     BT: tl.constexpr,
     PARTS: tl.constexpr,
+    AXIS: tl.constexpr,
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
     CAUSAL: tl.constexpr,
     FLUSH: tl.constexpr,
@@ -241,13 +280,20 @@ def weight_gradient_kernel(
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
     b, h = row // H, row % H
     real = (d[:, None] < D) & (d[None, :] < D)
-    gain = tl.load(gamma + h * D + d, mask=d < D, other=0.0)[:, None]
-    upward = row * D * D + d[None, :] * D + d[:, None]
+    out = outputs_of(d, AXIS)
+    gain = tl.load(gamma + h * D + out, mask=out < D, other=0.0)
+    upward = row * D * D + inputs_of(d, AXIS) * D + out
     upper = tl.zeros([BD, BD], dtype=gamma.dtype.element_ty)
     upper_bias = tl.zeros([BD], dtype=gamma.dtype.element_ty)
     if HAS_DSTATE:
         upper += tl.load(dw_out + upward, mask=real, other=0.0)
         upper_bias += tl.load(db_out + row * D + d, mask=d < D, other=0.0)
+    if AHEAD:
+        following = tokens_to_undo(
+            q, k, eta, tau, held_k, held_eta, token, fill, last, g, dp, dg, zh, rstd, along, row,
+            N - 1, tl.arange(0, BT), d, b, h, T, N, m, P, B, H, D, AXIS, CAUSAL, FLUSH, HAS_GRID,
+            HAS_PENDING,
+        )  # fmt: skip
     for back in range(0, N):
         n = N - 1 - back
         if (n % S == S - 1) | (back == 0):
@@ -256,30 +302,32 @@ def weight_gradient_kernel(
         old, old_bias = upper.to(k.dtype.element_ty), upper_bias
         for part in range(0, PARTS):
             i = part * BT + tl.arange(0, BT)
-            t, there = places(token, b, n, i, i < m, B, T, P, m, HAS_GRID)
-            e = load_etas(eta, held_eta, t, there, b, h, T, P, H, HAS_PENDING)
-            factor, _ = closing_factors(tau, fill, last, n, b, B, N, T, m, CAUSAL, FLUSH, HAS_GRID)
-            across, here = t[None, :], there[None, :]
-            keys = load_tokens(k, held_k, across, here, d[:, None], b, h, T, P, H, D, HAS_PENDING)
-            asked = (there & (t >= 0))[:, None]
-            queries = load_tokens(q, q, t[:, None], asked, d[None, :], b, h, T, P, H, D, False)
-            slot, inside = row * N * m + n * m + i, i < m
-            at, kept = slot[None, :] * D + d[:, None], inside[None, :] & (d[:, None] < D)
-            asking = tl.load(dp + at, mask=kept, other=0.0)
-            own = tl.load(dg + at, mask=kept, other=0.0).to(gain.dtype)
-            z = tl.load(zh + at, mask=kept, other=0.0).to(gain.dtype)
-            new = tl.load(g + at, mask=kept, other=0.0).to(gain.dtype)
-            r = tl.load(rstd + slot, mask=inside, other=0.0)[None, :]
-            a = tl.load(along + slot, mask=inside, other=0.0)[None, :]
-            wrote = tl.dot(old, keys, input_precision=PRECISION)
-            own += (wrote + old_bias[:, None]) * (-factor * e)[None, :]
-            below, read = key_gradients(own, z, new, gain, r, a, D)
+            loaded = n
+            if AHEAD:
+                keys, queries, asking, own, z, new, r, a, step = following
+                loaded = tl.maximum(n - 1, 0)
+            following = tokens_to_undo(
+                q, k, eta, tau, held_k, held_eta, token, fill, last, g, dp, dg, zh, rstd, along,
+                row, loaded, i, d, b, h, T, N, m, P, B, H, D, AXIS, CAUSAL, FLUSH, HAS_GRID,
+                HAS_PENDING,
+            )  # fmt: skip
+            if not AHEAD:
+                keys, queries, asking, own, z, new, r, a, step = following
+            at = inputs_of(row * N * m + n * m + i, AXIS) * D + out
+            kept = inputs_of(i < m, AXIS) & (out < D)
+            z, new = z.to(gain.dtype), new.to(gain.dtype)
+            wrote = applied(old, keys, AXIS, PRECISION) + outputs_of(old_bias, AXIS)
+            own = own.to(gain.dtype) + wrote * step
+            below, read = key_gradients(own, z, new, gain, r, a, D, AXIS)
             read = tl.where(kept, read, 0.0)
             tl.store(dh + at, below.to(keys.dtype), mask=kept)
             tl.store(dz + at, read.to(keys.dtype), mask=kept)
-            upper += tl.dot(asking, queries, input_precision=PRECISION)
-            upper += tl.dot(read.to(keys.dtype), tl.trans(keys), input_precision=PRECISION)
-            upper_bias += tl.sum(asking.to(gain.dtype) + read, 1)
+            if AXIS == 0:
+                upper += tl.dot(asking, queries, input_precision=PRECISION)
+            else:
+                upper += tl.dot(tl.trans(queries), asking, input_precision=PRECISION)
+            upper += outer(read.to(keys.dtype), keys, AXIS, PRECISION)
+            upper_bias += tl.sum(asking.to(gain.dtype) + read, 1 - AXIS)
         if HAS_DOCUMENTS:  # noqa: SIM102  (known when the kernel is compiled)
             if tl.load(restart + n * B + b) != 0:
                 add_initial(dw_rows, db_rows, row, upward, real, upper, upper_bias, d, D)

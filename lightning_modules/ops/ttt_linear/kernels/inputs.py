@@ -7,21 +7,15 @@ from lightning_modules.ops.ttt_linear.kernels.tiles import (
     SIZES,
     add_to,
     closing_factors,
+    earlier_coefficients,
     load_etas,
     load_slots,
     load_tokens,
+    load_weights,
     places,
     reading_coefficients,
     slots_of,
 )
-
-
-@triton.jit
-def load_weight(weights, at, d, D: tl.constexpr):
-    """The transposed weight `[out, in]` of a group."""
-    real = (d[:, None] < D) & (d[None, :] < D)
-    place = at * D * D + d[:, None] * D + d[None, :]
-    return tl.load(weights + place, mask=real, other=0.0)
 
 
 @triton.jit
@@ -87,6 +81,8 @@ def input_gradient_kernel(
     D: tl.constexpr,
     BD: tl.constexpr,
     BG: tl.constexpr,
+    SINGLE: tl.constexpr,
+    AXIS: tl.constexpr,
     PRECISION: tl.constexpr,
     CAUSAL: tl.constexpr,
     FLUSH: tl.constexpr,
@@ -115,12 +111,13 @@ def input_gradient_kernel(
     asked = here & (tokens >= 0)
     queries = load_tokens(q, q, tokens, asked, d, b, h, T, P, H, D, False)
     new = load_slots(g, at, d, within, D)
-    weight = load_weight(weights, state, lane, D)
+    weight = load_weights(weights, state, d, lane[:, None], D, AXIS)
     asking = load_slots(dp, at, d, within, D)
     u = tl.dot(asking, tl.trans(new), input_precision=PRECISION)
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) + 1.0
-    c = reading_coefficients(tau, e, factor, n, i, m, True, CAUSAL)
-    dstep, de, own = coefficient_gradients(tau, e, u * scores, n, i, CAUSAL)
+    before = earlier_coefficients(e, factor, n, SINGLE)
+    c = reading_coefficients(tau, e, before, n, i, CAUSAL)
+    dstep, de, own = coefficient_gradients(tau, e, u * scores, n, i, CAUSAL, SINGLE)
     u = (u * c).to(keys.dtype)
     out = tl.dot(asking, weight, input_precision=PRECISION)
     out += tl.dot(u, keys, input_precision=PRECISION)
@@ -128,14 +125,16 @@ def input_gradient_kernel(
     store_tokens(dq, dq, out, tokens, asked, d, b, h, T, P, H, D, False)
     out = tl.dot(tl.trans(u), queries, input_precision=PRECISION)
     read = load_slots(dz, at, d, within, D)
-    x = tl.dot(read, tl.trans(new), input_precision=PRECISION)
-    scores = tl.dot(keys, tl.trans(keys), input_precision=PRECISION) + 1.0
-    dstep += tl.sum(tl.where(n[:, None] > n[None, :], x * scores, 0.0), 0)
-    x = (x * reading_coefficients(tau, e, factor, n, i, m, False, CAUSAL)).to(keys.dtype)
+    if not SINGLE:
+        x = tl.dot(read, tl.trans(new), input_precision=PRECISION)
+        scores = tl.dot(keys, tl.trans(keys), input_precision=PRECISION) + 1.0
+        dstep += tl.sum(tl.where(n[:, None] > n[None, :], x * scores, 0.0), 0)
+        x = (x * before).to(keys.dtype)
+        out += tl.dot(x, keys, input_precision=PRECISION)
+        out += tl.dot(tl.trans(x), keys, input_precision=PRECISION)
     out += tl.dot(read, weight, input_precision=PRECISION)
-    out += tl.dot(x, keys, input_precision=PRECISION)
-    out += tl.dot(tl.trans(x), keys, input_precision=PRECISION)
-    written = tl.dot(new, load_weight(dweights, state, lane, D), input_precision=PRECISION)
+    upper = load_weights(dweights, state, d, lane[:, None], D, AXIS)
+    written = tl.dot(new, upper, input_precision=PRECISION)
     upper_bias = tl.load(dbiases + state * D + d, mask=d < D, other=0.0)
     dstep += tl.sum(written * keys.to(out.dtype) + new.to(out.dtype) * upper_bias, 1)
     out += written * (-factor * e)[:, None]
@@ -168,12 +167,12 @@ def norm_gradients(
 
 
 @triton.jit
-def coefficient_gradients(tau, e, dc, n, i, CAUSAL: tl.constexpr):
+def coefficient_gradients(tau, e, dc, n, i, CAUSAL: tl.constexpr, SINGLE: tl.constexpr):
     """Per slot, from the gradient dc of `c_ij`: of the step of `G_j` in later mini-batches, and, by
 
     way of its own mini-batch, of eta and (causal) of tau.
     """
-    later = tl.sum(tl.where(n[:, None] > n[None, :], dc, 0.0), 0)
+    later = tl.zeros_like(e) if SINGLE else tl.sum(tl.where(n[:, None] > n[None, :], dc, 0.0), 0)
     seen = n[:, None] == n[None, :]
     if CAUSAL:
         seen = seen & (i[:, None] >= i[None, :])

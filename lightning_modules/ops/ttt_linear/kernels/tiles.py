@@ -31,9 +31,41 @@ def _add_both(a, b, c, d):
 
 
 @triton.jit
-def both_sums(x, y):
-    """Sums of x and of y over their first axis: warps hand both on together."""
-    return tl.reduce((x, y), 0, _add_both)
+def both_sums(x, y, AXIS: tl.constexpr):
+    """Sums of x and of y over an axis: warps hand both on together."""
+    return tl.reduce((x, y), AXIS, _add_both)
+
+
+@triton.jit
+def outputs_of(x, AXIS: tl.constexpr):
+    """A vector of outputs as a tile of a walk, whose outputs lie along AXIS."""
+    return tl.expand_dims(x, 1 - AXIS)
+
+
+@triton.jit
+def inputs_of(x, AXIS: tl.constexpr):
+    """A vector of tokens, or of inputs of a weight, as a tile of a walk: along the other axis."""
+    return tl.expand_dims(x, AXIS)
+
+
+@triton.jit
+def applied(weight, x, AXIS: tl.constexpr, PRECISION: tl.constexpr):
+    """What tokens x read from a weight."""
+    if AXIS == 0:
+        z = tl.dot(weight, x, input_precision=PRECISION)
+    else:
+        z = tl.dot(x, weight, input_precision=PRECISION)
+    return z
+
+
+@triton.jit
+def outer(g, x, AXIS: tl.constexpr, PRECISION: tl.constexpr):
+    """The change of a weight that answers tokens x with g."""
+    if AXIS == 0:
+        change = tl.dot(g, tl.trans(x), input_precision=PRECISION)
+    else:
+        change = tl.dot(tl.trans(x), g, input_precision=PRECISION)
+    return change
 
 
 @triton.jit
@@ -119,7 +151,7 @@ def closing_factors(
 
 @triton.jit
 def store_weights(weights, biases, at, weight, bias, d, D: tl.constexpr):
-    """Put a transposed weight `[out, in]` and a bias to place `at` of `[..., D, D]`, `[..., D]`."""
+    """Put a weight as it is, outputs along AXIS, and a bias to place `at` of their groups."""
     real = (d[:, None] < D) & (d[None, :] < D)
     place = at * D * D + d[:, None] * D + d[None, :]
     tl.store(weights + place, weight.to(weights.dtype.element_ty), mask=real)
@@ -133,32 +165,49 @@ def load_slots(x, at, d, inside, D: tl.constexpr):
 
 
 @triton.jit
-def reading_coefficients(tau, e, factor, n, i, m, OWN: tl.constexpr, CAUSAL: tl.constexpr):
-    """`c_ij`: what slot i reads of `G_j`: all that earlier mini-batches of the group wrote,
+def reading_coefficients(tau, e, before, n, i, CAUSAL: tl.constexpr):
+    """`c_ij`: what the query of slot i reads of `G_j`: `before` of earlier mini-batches' and
 
-    `-factor_j eta_j`, and, if OWN, of its own one `-tau_i eta_j` for j <= i (not causal: `-eta_j`
-    for all j).
+    of its own one's `-tau_i eta_j` for j <= i (not causal: `-eta_j` for all j).
     """
-    c = tl.where(n[:, None] > n[None, :], (-factor * e)[None, :], 0.0)
-    if OWN:
-        seen = n[:, None] == n[None, :]
-        own = -e[None, :]
-        if CAUSAL:
-            seen = seen & (i[:, None] >= i[None, :])
-            own = own * tl.load(tau + i)[:, None]
-        c = tl.where(seen, own, c)
-    return c
+    seen = n[:, None] == n[None, :]
+    own = -e[None, :]
+    if CAUSAL:
+        seen = seen & (i[:, None] >= i[None, :])
+        own = own * tl.load(tau + i)[:, None]
+    return tl.where(seen, own, before)
 
 
 @triton.jit
-def predictions(x, mixed, new, weights, biases, at, d, D: tl.constexpr, PRECISION: tl.constexpr):
-    """`x W + b + mixed G`, `[slots, D]`, less its mean over D; mixed is `c (x k^T + 1)`."""
-    real = (d[:, None] < D) & (d[None, :] < D)
-    place = at * D * D + d[None, :] * D + d[:, None]
-    weight = tl.load(weights + place, mask=real, other=0.0)
+def earlier_coefficients(e, factor, n, SINGLE: tl.constexpr):
+    """What slot i reads of `G_j` if an earlier mini-batch of the group wrote it:
+
+    `-factor_j eta_j`; nothing where mini-batches are SINGLE in their groups.
+    """
+    return 0.0 if SINGLE else tl.where(n[:, None] > n[None, :], (-factor * e)[None, :], 0.0)
+
+
+@triton.jit
+def load_weights(weights, at, inputs, outputs, D: tl.constexpr, AXIS: tl.constexpr):
+    """What `store_weights` put there, a tile as inputs and outputs lie in it."""
+    first, second = (outputs, inputs) if AXIS == 0 else (inputs, outputs)
+    place = at * D * D + first * D + second
+    return tl.load(weights + place, mask=(first < D) & (second < D), other=0.0)
+
+
+@triton.jit
+def readings(
+    x, weights, biases, at, d, D: tl.constexpr, AXIS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """`x W + b`, `[slots, D]`, of the weights at the start of a group."""
+    weight = load_weights(weights, at, d[:, None], d[None, :], D, AXIS)
     z = tl.dot(x, weight, input_precision=PRECISION)
-    z += tl.load(biases + at * D + d, mask=d < D, other=0.0)[None, :]
-    z += tl.dot(mixed, new, input_precision=PRECISION)
+    return z + tl.load(biases + at * D + d, mask=d < D, other=0.0)[None, :]
+
+
+@triton.jit
+def centred(z, d, D: tl.constexpr):
+    """Predictions less their mean over D."""
     return tl.where((d < D)[None, :], z - (tl.sum(z, 1) / D)[:, None], 0.0)
 
 
