@@ -19,8 +19,9 @@ with torch.device("meta"), record() as compiled:
     both = torch.empty(4, 2 * sizes.packed, dtype=sizes.low)
     k, v = torch.empty(2, 4, 2048, size, dtype=sizes.low).unbind()
     rates, drates = torch.empty(4, 2048, 3), torch.empty(few.rate_parts(size, 1), 4, 2048, 3)
-    few.write([sizes.pair(low)], k, v, rates)
-    few.write_backward([sizes.operands(both)], k, v, rates, drates)
+    few.write([sizes.pair(low)], k, v, rates, few.rooms(1, k, size, backward=False))
+    rooms = few.rooms(1, k, size, backward=True)
+    few.write_backward([sizes.operands(both)], k, v, rates, drates, rooms)
 print(json.dumps(compiled))
 """
 

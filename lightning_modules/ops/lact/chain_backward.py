@@ -145,6 +145,9 @@ class Writing:
         tokens = (self.k, self.v, self.rates, self.drates)
         self.chunks = list(zip(*(each.unbind() for each in tokens), strict=True))
         self.rows = rows_of(x, versions)
+        self.rooms: list[few.Room] = []
+        if self.chunks:
+            self.rooms = stack.rooms(call.form, len(self.rows), self.chunks[0][0], backward=True)
         shape, sizes = versions.low.shape, call.sizes
         self.both = versions.low.new_empty(shape[0], shape[2], 2 * shape[3]).unbind()
         self.operands = [sizes.operands(both) for both in self.both]
@@ -176,7 +179,8 @@ class Writing:
             self._through_momentum(n, carry, change)
         self.left = None
         if change.write is not None:
-            self.left = stack.write_backward(call.form, self.operands, *self.chunks[change.write])
+            tokens = self.chunks[change.write]
+            self.left = stack.write_backward(call.form, self.operands, *tokens, self.rooms)
 
     def _through_momentum(self, n: int, carry: list[Carry], change: Change) -> None:
         call, versions, dchange = self.call, self.versions, self.dchange

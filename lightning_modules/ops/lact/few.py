@@ -6,7 +6,7 @@ greedy ones): two launches forward instead of five, three backward instead of se
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,26 +29,62 @@ def rate_parts(hidden_size: int, blocks: int) -> int:
     return blocks * -(-hidden_size // min(CHANNELS, padded(hidden_size)))
 
 
-def write(blocks: Sequence[Pair], k: Tensor, v: Tensor, rates: Tensor) -> list[Pair]:
-    """The change of each block: sums over the tokens `[G, C, D]`, wide."""
-    return [_write_one(*pair, k, v, rates) for pair in blocks]
+class Room(NamedTuple):
+    """Where a block's chunks put what they compute, one after the other, in the same place.
+
+    Attributes:
+        wide: of W0 and W2: `lr0 a | lr2 u g`, `[G, C, 2 F]`; backward `[G, C, 4 F]`.
+        narrow: of W1: `lr1 g h`, `[G, C, F]`; backward `[G, C, 2 F]`.
+        changes: of the weights, or gradients at them, until the next chunk.
+    """
+
+    wide: Tensor
+    narrow: Tensor
+    changes: Pair
 
 
-def _write_one(w02: Tensor, w1: Tensor, k: Tensor, v: Tensor, rates: Tensor) -> Pair:
+def rooms(blocks: int, k: Tensor, hidden_size: int, *, backward: bool) -> list[Room]:
+    """Of each block, for chunks such as k, `[G, C, D]`: an allocation is 4 to 9 us of the host."""
     groups, length, size = k.shape
-    hidden_size = w1.shape[-1]
-    scaled = k.new_empty(groups, length, 2 * hidden_size)
-    hidden = k.new_empty(groups, length, hidden_size)
-    options = _gate_options(k.dtype, hidden_size, size, rates.shape[-1], 128, GROUP=w02.stride(0))
-    grid = _gate_grid(groups, length, options)
-    launcher(KERNELS, "operands_kernel")(
-        grid, (k, v, w02, w1, rates, scaled, hidden), (length,), options
-    )
-    return _changes(scaled, k, v, hidden, hidden_size)
+    channels = hidden_size * (2 if backward else 1)
+    exact = torch.promote_types(k.dtype, torch.float32)
+    return [
+        Room(
+            k.new_empty(groups, length, 2 * channels),
+            k.new_empty(groups, length, channels),
+            (
+                k.new_empty(groups, 2 * hidden_size, size, dtype=exact),
+                k.new_empty(groups, size, hidden_size, dtype=exact),
+            ),
+        )
+        for _ in range(blocks)
+    ]
+
+
+def write(
+    blocks: Sequence[Pair], k: Tensor, v: Tensor, rates: Tensor, rooms: Sequence[Room]
+) -> list[Pair]:
+    """The change of each block: sums over the tokens `[G, C, D]`, wide; they lie in its room."""
+    _, length, size = k.shape
+    for (w02, w1), room in zip(blocks, rooms, strict=True):
+        options = _gate_options(
+            k.dtype, w1.shape[-1], size, rates.shape[-1], 128, GROUP=w02.stride(0)
+        )
+        tensors = (k, v, w02, w1, rates, room.wide, room.narrow)
+        launcher(KERNELS, "operands_kernel")(
+            _gate_grid(len(k), length, options), tensors, (length,), options
+        )
+        _changes(room, k, v)
+    return [room.changes for room in rooms]
 
 
 def write_backward(
-    blocks: Sequence[Pair], k: Tensor, v: Tensor, rates: Tensor, drates: Tensor
+    blocks: Sequence[Pair],
+    k: Tensor,
+    v: Tensor,
+    rates: Tensor,
+    drates: Tensor,
+    rooms: Sequence[Room],
 ) -> list[Pair]:
     """Gradients of the weights; those of k, v take the place of k, v, those of rates go to drates.
 
@@ -58,47 +94,31 @@ def write_backward(
         v: `[G, C, D]`.
         rates: `[G, C, R]`, R is 3 or 4.
         drates: sums of parts, `[rate_parts, G, C, R]`.
+        rooms: of the blocks; what is returned lies in them.
     """
-    changes, after = [], []
+    _, length, size = k.shape
     parts = drates.chunk(len(blocks)) if len(blocks) > 1 else (drates,)  # a view is 8 us
-    for pair, sums in zip(blocks, parts, strict=True):
-        hidden_size = pair[1].shape[-1] // 2
-        pa, ud = _operands_backward(*pair, k, v, rates, sums)
-        changes.append(_changes(pa, k, v, ud, hidden_size))
-        after.append((pa, ud))
-    for j, (pair, gradients) in enumerate(zip(blocks, after, strict=True)):
-        _token_gradients(*gradients, *pair, k, v, add=j > 0)
-    return changes
+    for pair, sums, room in zip(blocks, parts, rooms, strict=True):
+        options = _gate_options(k.dtype, room.changes[1].shape[-1], size, rates.shape[-1], 64)
+        tensors = (k, v, *pair, rates, room.wide, room.narrow, sums)
+        launcher(KERNELS, "operands_backward_kernel")(
+            _gate_grid(len(k), length, options), tensors, (length,), options
+        )
+        _changes(room, k, v)
+    for j, (pair, room) in enumerate(zip(blocks, rooms, strict=True)):
+        _token_gradients(room.wide, room.narrow, *pair, k, v, add=j > 0)
+    return [room.changes for room in rooms]
 
 
-def _operands_backward(
-    first: Tensor, second: Tensor, k: Tensor, v: Tensor, rates: Tensor, drates: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`dp | dh | lr0 a | lr2 u g` and `du | lr1 g h`, `[G, C, 4 F]` and `[G, C, 2 F]`."""
-    groups, length, size = k.shape
-    hidden_size = second.shape[-1] // 2
-    pa = k.new_empty(groups, length, 4 * hidden_size)
-    ud = k.new_empty(groups, length, 2 * hidden_size)
-    options = _gate_options(k.dtype, hidden_size, size, rates.shape[-1], 64)
-    tensors = (k, v, first, second, rates, pa, ud, drates)
-    launcher(KERNELS, "operands_backward_kernel")(
-        _gate_grid(groups, length, options), tensors, (length,), options
-    )
-    return pa, ud
-
-
-def _changes(scaled: Tensor, x: Tensor, d: Tensor, hidden: Tensor, hidden_size: int) -> Pair:
-    """`scaled^T x` and `d^T hidden`, of their first 2 F and F channels; wide."""
+def _changes(room: Room, x: Tensor, d: Tensor) -> None:
+    """`wide^T x` and `d^T narrow`, of their first 2 F and F channels."""
     groups, length, size = x.shape
-    exact = torch.promote_types(x.dtype, torch.float32)
-    of_w02 = x.new_empty(groups, 2 * hidden_size, size, dtype=exact)
-    of_w1 = x.new_empty(groups, size, hidden_size, dtype=exact)
-    widths = {"WIDTH": scaled.shape[-1], "HIDDEN": hidden.shape[-1]}
+    hidden_size = room.changes[1].shape[-1]
+    widths = {"WIDTH": room.wide.shape[-1], "HIDDEN": room.narrow.shape[-1]}
     options = _product_options(x.dtype, hidden_size, size, **widths)
     tiles = _tiles(2 * hidden_size, size, options) + _tiles(size, hidden_size, options)
-    tensors = (scaled, x, d, hidden, of_w02, of_w1)
+    tensors = (room.wide, x, d, room.narrow, *room.changes)
     launcher(KERNELS, "changes_kernel")((tiles, groups, 1), tensors, (length,), options)
-    return of_w02, of_w1
 
 
 def _token_gradients(

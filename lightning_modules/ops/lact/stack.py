@@ -64,10 +64,22 @@ def read_backward(
     return upper, changes
 
 
-def write(form: Form, blocks: Sequence[Pair], k: Tensor, v: Tensor, rates: Tensor) -> list[Pair]:
+def rooms(form: Form, blocks: int, k: Tensor, *, backward: bool) -> list[few.Room]:
+    """Where `write` or `write_backward` put what they compute of chunks such as k, if form.few."""
+    return few.rooms(blocks, k, form.hidden, backward=backward) if form.few else []
+
+
+def write(
+    form: Form,
+    blocks: Sequence[Pair],
+    k: Tensor,
+    v: Tensor,
+    rates: Tensor,
+    rooms: Sequence[few.Room],
+) -> list[Pair]:
     """The change of each block: sums over the tokens, wide."""
     if form.few:
-        return few.write(blocks, k, v, rates)
+        return few.write(blocks, k, v, rates, rooms)
     inside, x = [], k
     for j, (w02, w1) in enumerate(blocks):
         ph = torch.bmm(x, w02.mT)
@@ -109,7 +121,13 @@ class _Inside(NamedTuple):
 
 
 def write_backward(
-    form: Form, blocks: Sequence[Pair], k: Tensor, v: Tensor, rates: Tensor, drates: Tensor
+    form: Form,
+    blocks: Sequence[Pair],
+    k: Tensor,
+    v: Tensor,
+    rates: Tensor,
+    drates: Tensor,
+    rooms: Sequence[few.Room],
 ) -> list[Pair]:
     """Gradients of the weights; those of k, v take the place of k, v, those of rates go to drates.
 
@@ -121,9 +139,10 @@ def write_backward(
         v: `[G, C, D]`.
         rates: `[G, C, 3 or 4]`.
         drates: in parts, as `few.write_backward` has them; without `few` there is one.
+        rooms: of `rooms`.
     """
     if form.few:
-        return few.write_backward(blocks, k, v, rates, drates)
+        return few.write_backward(blocks, k, v, rates, drates, rooms)
     (drates,) = drates
     if len(blocks) > 1 and not form.greedy:
         return _through_stack(form, blocks, k, v, rates, drates)
