@@ -41,8 +41,8 @@ def orthogonal_backward(
         both = torch.bmm(dy, x.mT)
         both = both + both.mT
         inner = torch.baddbmm(both, gram, both, beta=b, alpha=c)
-        inner = torch.baddbmm(inner, both, gram, alpha=c)
-        dy = torch.baddbmm(torch.baddbmm(dy, poly, dy, beta=a), inner, x)
+        inner.baddbmm_(both, gram, alpha=c)  # in place: a sum that stays is a copy before
+        dy = torch.baddbmm(dy, poly, dy, beta=a).baddbmm_(inner, x)
     dx = dy.to(matrices.dtype)
     along = (dx * matrices).sum((-2, -1), keepdim=True)
     scale = 1 / (norm + EPS)
