@@ -51,19 +51,29 @@ class FastWeightMonitor(Monitor):
     topics: ClassVar[frozenset[str]] = frozenset({"fast_weight"})
     flush_topics: ClassVar[frozenset[str]] = frozenset({"inner_loss"})
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        # Counted in every step: how often files begin may rhyme with how often we look.
-        share = self.metric("reset_share", ("rows",), pl_module.device, RunningShare)
-        for plan in pl_module.streams.plans:
-            share.update(*_resets(plan))
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
         self._inner_losses: dict[str, dict[str, float]] = {}
         self._inner_step = 0
+        self._begun = self._rows = 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Counted in every step: how often files begin may rhyme with how often we look.
+        # On the host, so that a step that is not looked at launches nothing.
+        for plan in pl_module.streams.plans:
+            begun, rows = _resets(plan)
+            self._begun += begun
+            self._rows += rows
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _flush(self, trainer: pl.Trainer, draw: bool) -> None:
+        device = trainer.strategy.root_device
+        share = self.metric("reset_share", ("rows",), device, RunningShare)
+        share.update(self._begun, self._rows)
+        self._begun = self._rows = 0
+        super()._flush(trainer, draw)
 
     def observe(self, chunk: ObservedChunk) -> None:
         self._observe_norms(chunk)
