@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning.pytorch as pl
 import numpy as np
-from torch import Tensor
 
 from callbacks.logging import heat_map, log_figure, row_figure
 from callbacks.monitor import Monitor, ObservedChunk, SlotResult, layer_tags, slot_scalars
@@ -16,6 +15,7 @@ from callbacks.statistics import (
     BinnedMean,
     RunningMoments,
     RunningShare,
+    SlotGroups,
     group_slots,
     row_means,
 )
@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 
 CHUNK_BINS = 16
 CHUNK_FIGURE = "state_norm by chunk"
+WATCHED = (
+    ("fast_weight", "cosine"),
+    ("fast_weight", "eta"),
+    ("inner_loss", "before"),
+    ("inner_loss", "after"),
+)
+"""Topic and name of what is averaged and nothing else."""
 
 
 class FastWeightMonitor(Monitor):
@@ -77,21 +84,24 @@ class FastWeightMonitor(Monitor):
 
     def observe(self, chunk: ObservedChunk) -> None:
         self._observe_norms(chunk)
-        for name in ("cosine", "eta"):
-            self._observe_mean(name, *chunk.values("fast_weight", name), chunk)
-        for name in ("before", "after"):
-            self._observe_mean(f"inner_loss_{name}", *chunk.values("inner_loss", name), chunk)
+        for topic, name in WATCHED:
+            slots, values = chunk.values(topic, name)
+            if slots:
+                tag = f"{topic}_{name}" if topic == "inner_loss" else name
+                self._observe_mean(tag, slots, group_slots(values), chunk)
 
     def _observe_norms(self, chunk: ObservedChunk) -> None:
         slots, norms = chunk.values("fast_weight", "state_norm")
         if not slots:
             return
         _, weights = chunk.values("fast_weight", "weight_norm")
-        sizes = zip(norms, weights, strict=True)
-        relative = [norm / weight.clamp_min(1e-8) for norm, weight in sizes]
-        means = row_means(group_slots(norms))
+        groups = group_slots(norms)
+        relative = groups.map(
+            lambda norm, weight: norm / weight.unsqueeze(1).clamp_min(1e-8), group_slots(weights)
+        )
+        means = row_means(groups)
         self.check_finite("fast state", slots, means, chunk)
-        self._observe_mean("state_norm", slots, norms, chunk)
+        self._observe_mean("state_norm", slots, groups, chunk)
         self._observe_mean("relative_change", slots, relative, chunk)
         make = partial(BinnedMean, bins=CHUNK_BINS)
         by_chunk = self.metric(CHUNK_FIGURE, slots, means.device, make, in_figure=True)
@@ -99,13 +109,11 @@ class FastWeightMonitor(Monitor):
             by_chunk.update(chunk.live(means, dim=1), chunk.live(chunk.chunk["chunk_index"]))
 
     def _observe_mean(
-        self, name: str, slots: tuple[str, ...], values: list[Tensor], chunk: ObservedChunk
+        self, name: str, slots: tuple[str, ...], groups: SlotGroups, chunk: ObservedChunk
     ) -> None:
-        if not slots:
-            return
-        moments = self.metric(name, slots, values[0].device, RunningMoments)
+        moments = self.metric(name, slots, groups[0].device, RunningMoments)
         if not chunk.idle:
-            moments.update([chunk.live(group, dim=1) for group in group_slots(values)])
+            moments.update(groups.map(partial(chunk.live, dim=1)))
 
     def write(
         self, results: Mapping[str, SlotResult], trainer: pl.Trainer, step: int
