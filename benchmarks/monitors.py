@@ -7,15 +7,20 @@ Every variant is trained once by Lightning's Trainer with a TensorBoard logger, 
 library as bytes (the action expert: on random episodes in the LeRobot format). The monitors are
 there in three steps of five, alternately, and look and flush more often than by default: steps
 without them, ordinary ones, those that are looked at and those that flush see the same machine.
-Each step is timed by itself, from the monitors' first hook to their last, with the device
-synchronised before and behind. What is made and loaded once (first look, flush and figures) is
-warm-up.
+What is made and loaded once (first look, first flush and figures) is warm-up.
 
-What a step with monitors takes more is its time less the mean of those without in the same five.
-The cost at the default intervals is put together from the medians of that: of an ordinary step, and
-what a look, a flush and the figures add to it, each divided by how seldom it is by default. Its
-95 % interval is of 2,000 bootstraps over the fives. As every step begins with an idle device, time
-of the host counts that is otherwise hidden behind the device: an upper bound.
+In an ordinary step the monitors are nothing but Python between two hooks' beginnings and ends: the
+host's time in there is what they cost, and is not lost in steps that vary by a tenth. That nothing
+is listened to, published or launched in such a step is watched, and an error where it is not so.
+A look and a flush work inside of the model too. Such a step is timed as a whole, from the monitors'
+first hook to their last, with the device synchronised before and behind; what it takes more is its
+time less the mean of those without monitors in the same five.
+
+The cost at the default intervals is put together from the medians: of 100 steps one flushes, five
+are looked at and the others are ordinary; the figures are drawn once in 5,000. Its 95 % interval is
+of 2,000 bootstraps over the fives. As a step that is timed begins with an idle device, time of the
+host counts that is otherwise hidden behind the device: an upper bound. What Lightning itself takes
+to call the hooks of one more callback is not in it.
 
 On a GPU CUDA raises an error wherever a timed step with monitors waits for the device, flushes
 left out; the clock's own waiting is allowed. A variant that waits says where, and is timed again
@@ -42,6 +47,7 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from monitors_cases import FULL, TINY, VARIANTS, Sizes, make_data
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import machine
 
 from callbacks import (
@@ -54,21 +60,22 @@ from callbacks import (
     Throughput,
 )
 
-WARM_UP = 24
+WARM_UP = 14
 """Steps that hold the first look, the first flush and the first figures."""
 
-OBSERVE, FLUSH = 5, 20
+OBSERVE, FLUSH = 2, 10
 """Steps from look to look and from flush to flush, where 20 and 100 are the defaults."""
 
 WINDOW = 5
 """Steps that are compared with each other."""
 
 Windows = dict[int, list[tuple[str, float]]]
-"""Number of a window -> what each of its steps was, and its milliseconds."""
+"""Number of a window -> what each of its steps was, and its milliseconds: of an ordinary step those
+of the monitors alone."""
 
-WITHOUT, *KINDS = ("without", "ordinary", "look", "flush")
+WITHOUT, ORDINARY, *DIFFERENCES = KINDS = ("without", "ordinary", "look", "flush")
 COLUMNS = (
-    "variant | ms without [p10, p90] | ordinary with monitors: + ms | a look: + ms | "
+    "variant | ms without [p10, p90] | ordinary: ms in the hooks | a look: + ms | "
     "a flush: + ms | figures: ms | overhead % [95 %] | waits between flushes"
 )
 
@@ -93,7 +100,7 @@ class Stopwatch(pl.Callback):
     def __init__(self, warm_up: int, watch: bool) -> None:
         self.monitors, self.warm_up, self.watch = monitors(), warm_up, watch
         self.windows: Windows = defaultdict(list)
-        self.watched, self.figures = 0, 0.0
+        self.watched, self.figures, self.hooks = 0, 0.0, 0.0
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self._tell("setup", trainer, pl_module, stage)
@@ -103,23 +110,28 @@ class Stopwatch(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         step = trainer.global_step + 1
-        self.active, self.kind = step % WINDOW % 2 == 0, WITHOUT
+        self.active, self.kind, self.hooks = step % WINDOW % 2 == 0, WITHOUT, 0.0
         self.began = now()
         if self.active:
-            self._tell("on_train_batch_start", trainer, pl_module, *args)
+            self._time("on_train_batch_start", step, trainer, pl_module, *args)
             self.kind = kind_of(pl_module.streams.listening)
         if self.watch:
-            forbidden = step > self.warm_up and self.kind in ("ordinary", "look")
+            forbidden = step > self.warm_up and self.kind in (ORDINARY, "look")
             torch.cuda.set_sync_debug_mode("error" if forbidden else "default")
             self.watched += forbidden
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        if self.active:
-            self._tell("on_train_batch_end", trainer, *args)
-        milliseconds = 1e3 * (now() - self.began)
-        if trainer.global_step > self.warm_up:
-            self.windows[trainer.global_step // WINDOW].append((self.kind, milliseconds))
-        elif trainer.global_step == self.warm_up:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        step = trainer.global_step
+        if self.kind == ORDINARY:
+            self._time("on_train_batch_end", step, trainer, pl_module, *args)
+            if any(pl_module.streams.published):
+                raise RuntimeError(f"something was published in step {step}, an ordinary one")
+        elif self.active:
+            self._tell("on_train_batch_end", trainer, pl_module, *args)
+        milliseconds = 1e3 * (self.hooks if self.kind == ORDINARY else now() - self.began)
+        if step > self.warm_up:
+            self.windows[step // WINDOW].append((self.kind, milliseconds))
+        elif step == self.warm_up:
             for monitor in self.monitors[:3]:
                 monitor.figure_every_n_steps = DEFAULT.figure_every_n_steps
 
@@ -137,9 +149,30 @@ class Stopwatch(pl.Callback):
         if self.watch:
             torch.cuda.set_sync_debug_mode("default")
 
+    def _time(self, hook: str, step: int, *args: Any) -> None:
+        """Add the host's time in a hook of all monitors, in which they may launch nothing."""
+        with Launches() as launches:
+            began = time.perf_counter()
+            self._tell(hook, *args)
+            self.hooks += time.perf_counter() - began
+        if launches.names and step > self.warm_up:
+            raise RuntimeError(f"{hook} of an ordinary step ({step}) launches {launches.names}")
+
     def _tell(self, hook: str, *args: Any) -> None:
         for monitor in self.monitors:
             getattr(monitor, hook)(*args)
+
+
+class Launches(TorchDispatchMode):
+    """Names of the operations of torch that run; where there are none, it costs nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
 
 
 DEFAULT = GateMonitor()
@@ -150,7 +183,7 @@ def kind_of(listening: set[str]) -> str:
     """What a step with monitors does, by what they listen to."""
     if listening >= FastWeightMonitor.flush_topics:
         return "flush"
-    return "look" if listening else "ordinary"
+    return "look" if listening else ORDINARY
 
 
 def now() -> float:
@@ -221,44 +254,51 @@ def line(windows: Sequence[Sequence[tuple[str, float]]], figures: float) -> str:
         figures: milliseconds of drawing all of them.
     """
     rng = random.Random(0)
-    without = [ms for steps in windows for kind, ms in steps if kind == WITHOUT]
     parts = [*map(more, windows)]
-    draws = [overhead(rng.choices(parts, k=len(parts)), without, figures) for _ in range(2000)]
+    draws = [overhead(rng.choices(parts, k=len(parts)), figures) for _ in range(2000)]
     low, high = np.nanpercentile(draws, [2.5, 97.5])
-    ordinary, look, flush = (np.concatenate([part[kind] for part in parts]) for kind in KINDS)
-    middle = np.median(ordinary)
-    cells = [spread(np.array(without)), spread(ordinary, "+")]
-    cells += [spread(look - middle, "+"), spread(flush - middle, "+"), f"{figures:.0f}"]
-    cost = overhead(parts, without, figures)
-    return " | ".join([*cells, f"{cost:+.2f} [{low:+.2f}, {high:+.2f}]"])
+    forms = {WITHOUT: ".2f", ORDINARY: ".3f"}
+    cells = [spread(gather(parts, kind), forms.get(kind, "+.2f")) for kind in KINDS]
+    cost = overhead(parts, figures)
+    return " | ".join([*cells, f"{figures:.0f}", f"{cost:+.2f} [{low:+.2f}, {high:+.2f}]"])
 
 
 def more(steps: Sequence[tuple[str, float]]) -> dict[str, list[float]]:
-    """By kind, what steps of a window take more than the mean of those without monitors."""
+    """Milliseconds of a window by kind: of looks and flushes, what they take more than without.
+
+    More than the mean of the steps without monitors in the same window, that is.
+    """
     base = statistics.mean(ms for kind, ms in steps if kind == WITHOUT)
-    return {name: [ms - base for kind, ms in steps if kind == name] for name in KINDS}
+    return {
+        name: [ms - base * (name in DIFFERENCES) for kind, ms in steps if kind == name]
+        for name in KINDS
+    }
 
 
-def overhead(
-    parts: Sequence[dict[str, list[float]]], without: Sequence[float], figures: float
-) -> float:
+def gather(parts: Sequence[dict[str, list[float]]], kind: str) -> list[float]:
+    """What all windows have of a kind."""
+    return [ms for part in parts for ms in part[kind]]
+
+
+def overhead(parts: Sequence[dict[str, list[float]]], figures: float) -> float:
     """Percent of a step without monitors that they add at the default intervals.
 
     NaN where the windows hold no step of a kind.
     """
-    found = [[ms for part in parts for ms in part[kind]] for kind in KINDS]
+    found = [gather(parts, kind) for kind in KINDS]
     if not all(found):
         return math.nan
-    ordinary, look, flush = map(statistics.median, found)
-    cost = ordinary + (look - ordinary) / DEFAULT.observe_every_n_steps
-    cost += (flush - ordinary) / DEFAULT.every_n_steps + figures / DEFAULT.figure_every_n_steps
-    return 100 * cost / statistics.median(without)
+    without, ordinary, look, flush = map(statistics.median, found)
+    looks, flushes = 1 / DEFAULT.observe_every_n_steps, 1 / DEFAULT.every_n_steps
+    cost = ordinary * (1 - looks - flushes) + look * looks + flush * flushes
+    cost += figures / DEFAULT.figure_every_n_steps
+    return 100 * cost / without
 
 
-def spread(values: np.ndarray, sign: str = "") -> str:
+def spread(values: Sequence[float], form: str) -> str:
     """Median, 10th and 90th percentile, and of how many."""
     low, middle, high = np.percentile(values, [10, 50, 90])
-    return f"{middle:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}] ({len(values)})"
+    return f"{middle:{form}} [{low:{form}}, {high:{form}}] ({len(values)})"
 
 
 def main() -> None:
@@ -267,7 +307,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--steps", type=int, default=200, help="steps that are timed, 20 at least")
+    parser.add_argument("--steps", type=int, default=200, help="steps that are timed")
     parser.add_argument("--warm-up", type=int, default=WARM_UP, help=f"{FLUSH} at least")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--out", type=Path, help="file to write")

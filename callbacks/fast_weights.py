@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning.pytorch as pl
 import numpy as np
-from torch import Tensor
 
 from callbacks.logging import heat_map, log_figure, row_figure
 from callbacks.monitor import Monitor, ObservedChunk, SlotResult, layer_tags, slot_scalars
@@ -16,6 +15,7 @@ from callbacks.statistics import (
     BinnedMean,
     RunningMoments,
     RunningShare,
+    SlotGroups,
     group_slots,
     row_means,
 )
@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 
 CHUNK_BINS = 16
 CHUNK_FIGURE = "state_norm by chunk"
+WATCHED = (
+    ("fast_weight", "cosine"),
+    ("fast_weight", "eta"),
+    ("inner_loss", "before"),
+    ("inner_loss", "after"),
+)
+"""Topic and name of what is averaged and nothing else."""
 
 
 class FastWeightMonitor(Monitor):
@@ -51,37 +58,50 @@ class FastWeightMonitor(Monitor):
     topics: ClassVar[frozenset[str]] = frozenset({"fast_weight"})
     flush_topics: ClassVar[frozenset[str]] = frozenset({"inner_loss"})
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        # Counted in every step: how often files begin may rhyme with how often we look.
-        share = self.metric("reset_share", ("rows",), pl_module.device, RunningShare)
-        for plan in pl_module.streams.plans:
-            share.update(*_resets(plan))
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
         self._inner_losses: dict[str, dict[str, float]] = {}
         self._inner_step = 0
+        self._begun = self._rows = 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Counted in every step: how often files begin may rhyme with how often we look.
+        # On the host, so that a step that is not looked at launches nothing.
+        for plan in pl_module.streams.plans:
+            begun, rows = _resets(plan)
+            self._begun += begun
+            self._rows += rows
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _flush(self, trainer: pl.Trainer, draw: bool) -> None:
+        device = trainer.strategy.root_device
+        share = self.metric("reset_share", ("rows",), device, RunningShare)
+        share.update(self._begun, self._rows)
+        self._begun = self._rows = 0
+        super()._flush(trainer, draw)
 
     def observe(self, chunk: ObservedChunk) -> None:
         self._observe_norms(chunk)
-        for name in ("cosine", "eta"):
-            self._observe_mean(name, *chunk.values("fast_weight", name), chunk)
-        for name in ("before", "after"):
-            self._observe_mean(f"inner_loss_{name}", *chunk.values("inner_loss", name), chunk)
+        for topic, name in WATCHED:
+            slots, values = chunk.values(topic, name)
+            if slots:
+                tag = f"{topic}_{name}" if topic == "inner_loss" else name
+                self._observe_mean(tag, slots, group_slots(values), chunk)
 
     def _observe_norms(self, chunk: ObservedChunk) -> None:
         slots, norms = chunk.values("fast_weight", "state_norm")
         if not slots:
             return
         _, weights = chunk.values("fast_weight", "weight_norm")
-        sizes = zip(norms, weights, strict=True)
-        relative = [norm / weight.clamp_min(1e-8) for norm, weight in sizes]
-        means = row_means(group_slots(norms))
+        groups = group_slots(norms)
+        relative = groups.map(
+            lambda norm, weight: norm / weight.unsqueeze(1).clamp_min(1e-8), group_slots(weights)
+        )
+        means = row_means(groups)
         self.check_finite("fast state", slots, means, chunk)
-        self._observe_mean("state_norm", slots, norms, chunk)
+        self._observe_mean("state_norm", slots, groups, chunk)
         self._observe_mean("relative_change", slots, relative, chunk)
         make = partial(BinnedMean, bins=CHUNK_BINS)
         by_chunk = self.metric(CHUNK_FIGURE, slots, means.device, make, in_figure=True)
@@ -89,13 +109,11 @@ class FastWeightMonitor(Monitor):
             by_chunk.update(chunk.live(means, dim=1), chunk.live(chunk.chunk["chunk_index"]))
 
     def _observe_mean(
-        self, name: str, slots: tuple[str, ...], values: list[Tensor], chunk: ObservedChunk
+        self, name: str, slots: tuple[str, ...], groups: SlotGroups, chunk: ObservedChunk
     ) -> None:
-        if not slots:
-            return
-        moments = self.metric(name, slots, values[0].device, RunningMoments)
+        moments = self.metric(name, slots, groups[0].device, RunningMoments)
         if not chunk.idle:
-            moments.update([chunk.live(group, dim=1) for group in group_slots(values)])
+            moments.update(groups.map(partial(chunk.live, dim=1)))
 
     def write(
         self, results: Mapping[str, SlotResult], trainer: pl.Trainer, step: int

@@ -51,12 +51,13 @@ class GateMonitor(Monitor):
 
     def observe(self, chunk: ObservedChunk) -> None:
         _, times = chunk.values("gate", "time")
+        bins = (times[0] * TIME_BINS).long() if times else None
         names = [name for fields in chunk.published.get("gate", {}).values() for name in fields]
         for name in dict.fromkeys(names):
             if name != "time":
-                self._observe(name, chunk, times)
+                self._observe(name, chunk, bins)
 
-    def _observe(self, name: str, chunk: ObservedChunk, times: list[Tensor]) -> None:
+    def _observe(self, name: str, chunk: ObservedChunk, bins: Tensor | None) -> None:
         slots, values = chunk.values("gate", name)
         quantity, device = name.removeprefix("gate_"), values[0].device
         is_ratio = name.startswith("ratio_")
@@ -69,7 +70,7 @@ class GateMonitor(Monitor):
                 RunningHistogram, low=-HISTOGRAM_LIMIT, high=HISTOGRAM_LIMIT, bins=HISTOGRAM_BINS
             )
             histogram = self.metric(f"{quantity} histogram", slots, device, make)
-        if by_row and times:
+        if by_row and bins is not None:
             make_binned = partial(BinnedMean, bins=TIME_BINS)
             by_time = self.metric(f"{quantity} by time", slots, device, make_binned, in_figure=True)
         groups = group_slots(values)
@@ -78,12 +79,12 @@ class GateMonitor(Monitor):
         if chunk.idle:
             return
         if by_row:
-            groups = [chunk.live(group, dim=1) for group in groups]
+            groups = groups.map(partial(chunk.live, dim=1))
         moments.update(groups)
         if histogram is not None:
             histogram.update(groups)
-        if by_time is not None:
-            by_time.update(row_means(groups), (chunk.live(times[0]) * TIME_BINS).long())
+        if by_time is not None and bins is not None:
+            by_time.update(row_means(groups), chunk.live(bins))
 
     def write(
         self, results: Mapping[str, SlotResult], trainer: pl.Trainer, step: int

@@ -12,6 +12,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, ClassVar, TypeVar
 
 import lightning.pytorch as pl
@@ -72,8 +73,10 @@ class ObservedChunk:
         if NO_STREAM not in ids:
             return value
         # Slices instead of an index: an index tensor would have to be copied to the device.
-        rows = [row for row, id_ in enumerate(ids) if id_ != NO_STREAM]
-        return torch.cat([value.narrow(dim, row, 1) for row in rows], dim=dim)
+        runs = [(live, len([*run])) for live, run in groupby(ids, lambda id_: id_ != NO_STREAM)]
+        parts = value.split([length for _, length in runs], dim=dim)
+        kept = [part for part, (live, _) in zip(parts, runs, strict=True) if live]
+        return kept[0] if len(kept) == 1 else torch.cat(kept, dim=dim)
 
 
 @dataclass

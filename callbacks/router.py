@@ -64,16 +64,15 @@ class RouterMonitor(Monitor):
     ) -> None:
         choices = tuple(field["counts"].shape[1] for field in fields)
         means = tuple(name for name in MEANS if name in fields[0])
-        make = partial(RouterLoad, choices=choices, means=means)
-        device = fields[0]["counts"].device
-        metrics = [
-            self.metric(topic, slots, device, make),
-            self.metric(topic + IN_FIGURE, slots, device, make, in_figure=True),
-        ]
+        make, device = partial(RouterLoad, choices=choices), fields[0]["counts"].device
+        numbers = self.metric(topic, slots, device, partial(make, means=means))
+        figure = self.metric(
+            topic + IN_FIGURE, slots, device, partial(make, means=()), in_figure=True
+        )
         if chunk.idle:
             return
         live = [{name: chunk.live(value) for name, value in field.items()} for field in fields]
-        for metric in metrics:
+        for metric in (numbers, figure):
             metric.update(live)
 
     def write(
@@ -162,11 +161,11 @@ class RouterLoad(SlotMetric):
 
     def _stack(self, fields: Sequence[Fields], name: str) -> Tensor:
         """The slots' values `[slots, B, ...]`, filled up to the widest."""
-        values = [field[name].to(self.counts.dtype) for field in fields]
+        values, width = [field[name] for field in fields], self.counts.shape[1]
         if values[0].dim() == 2:
-            width = self.counts.shape[1]
-            values = [F.pad(value, (0, width - value.shape[1])) for value in values]
-        return torch.stack(values)
+            widths = (width - value.shape[1] for value in values)
+            values = [F.pad(v, (0, w)) if w else v for v, w in zip(values, widths, strict=True)]
+        return torch.stack(values).to(self.counts.dtype)
 
 
 def _decided(fields: Fields) -> Fields:

@@ -6,7 +6,8 @@ in it waits for the device; `all_reduce` merges the processes' states in at most
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,23 +28,47 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def group_slots(values: Sequence[Tensor]) -> list[Tensor]:
-    """Stack the slots' tensors `[...]` as `[G, ...]`: one group if all shapes agree, else L groups.
+class SlotGroups(list[Tensor]):
+    """The slots' tensors `[...]`, those of one shape stacked as `[G, ...]`: few large reductions.
 
-    One group turns L small reductions into one.
+    Args:
+        groups: one per shape.
+        slots: number of every row's slot, one group behind the other.
     """
-    if len({value.shape for value in values}) == 1:
-        return [torch.stack(list(values)).float()]
-    return [value.unsqueeze(0).float() for value in values]
+
+    def __init__(self, groups: Iterable[Tensor], slots: Sequence[int]) -> None:
+        super().__init__(groups)
+        self.slots = slots
+
+    def map(self, function: Callable[..., Tensor], *others: Sequence[Tensor]) -> SlotGroups:
+        """`function` of every group, and of the same one of others."""
+        return SlotGroups(map(function, self, *others), self.slots)
+
+
+def group_slots(values: Sequence[Tensor]) -> SlotGroups:
+    """Stack the slots' tensors `[...]` of each shape as `[G, ...]`."""
+    slots: dict[torch.Size, list[int]] = {}
+    for slot, value in enumerate(values):
+        slots.setdefault(value.shape, []).append(slot)
+    groups = (torch.stack([values[slot] for slot in same]).float() for same in slots.values())
+    return SlotGroups(groups, [slot for same in slots.values() for slot in same])
+
+
+def _join(groups: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
+    """Results of the groups, `[G, ...]`, in the order of the slots."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = [row for part in parts for row in part.unbind()]
+    if not isinstance(groups, SlotGroups):
+        return torch.stack(rows)
+    order = sorted(range(len(rows)), key=groups.slots.__getitem__)
+    return torch.stack([rows[index] for index in order])
 
 
 def row_means(groups: Sequence[Tensor]) -> Tensor:
     """Mean over everything but slot and batch row: groups of `[G, B, ...]` give `[L, B]`."""
-    return _join([group.reshape(*group.shape[:2], -1).mean(dim=2) for group in groups])
-
-
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    means = [group.reshape(*group.shape[:2], -1).mean(dim=2) for group in groups]
+    return _join(groups, means)
 
 
 class SlotMetric(Metric):
@@ -95,20 +120,18 @@ class RunningMoments(SlotMetric):
 
     def update(self, groups: Sequence[Tensor]) -> None:
         """Add values: groups `[G, ...]` (see `group_slots`), in all `slots` rows."""
-        wide = self.total.dtype
-        flat = [group.flatten(1) for group in groups]
-        parts = [torch.var_mean(group, dim=1, correction=0) for group in flat]
-        variance, mean = (_join(part).to(wide) for part in zip(*parts, strict=True))
-        low, high = (_join(part) for part in zip(*(g.aminmax(dim=1) for g in flat), strict=True))
-        sizes = [torch.full_like(g[:, 0], g.shape[1], dtype=wide) for g in flat]
-        count = _join(sizes)
+        flat, join, wide = [g.flatten(1) for g in groups], partial(_join, groups), self.total.dtype
+        parts = [(*torch.var_mean(g, dim=1, correction=0), *g.aminmax(dim=1)) for g in flat]
+        variance, mean, low, high = map(join, zip(*parts, strict=True))
+        count = join([torch.full_like(g[:, 0], g.shape[1], dtype=wide) for g in flat])
+        total = count * mean
         self.count.add_(count)
-        self.total.add_(count * mean)
-        self.squares.add_(count * (variance + mean.square()))
+        self.total.add_(total)
+        self.squares.addcmul_(count, variance).addcmul_(total, mean)
         torch.minimum(self.low, low, out=self.low)
         torch.maximum(self.high, high, out=self.high)
         if self.threshold is not None:
-            self.above.add_(_join([(g.abs() > self.threshold).sum(dim=1) for g in flat]))
+            self.above.add_(join([(g.abs() > self.threshold).sum(dim=1) for g in flat]))
 
     def compute(self) -> dict[str, Tensor]:
         """`count`, `mean`, `std`, `min`, `max` and (with a threshold) `saturation`, each `[slots]`.
@@ -160,14 +183,14 @@ class RunningHistogram(SlotMetric):
 
     def update(self, groups: Sequence[Tensor]) -> None:
         """Add values: groups `[G, ...]`, in all `slots` rows."""
-        first = 0
-        for group in groups:
-            flat = _spread(group.flatten(1))
-            bin_index = torch.bucketize(flat, self.edges[1:-1], right=True)
-            rows = slice(first, first + flat.shape[0])
-            ones = torch.ones_like(flat, dtype=self.counts.dtype)
-            self.counts[rows].scatter_add_(1, bin_index, ones)
-            first += flat.shape[0]
+        counts = [self._count(_spread(group.flatten(1))) for group in groups]
+        self.counts.add_(_join(groups, counts))
+
+    def _count(self, values: Tensor) -> Tensor:
+        """How many of `values [G, N]` fall into each bin, `[G, bins]`."""
+        bin_index = torch.bucketize(values, self.edges[1:-1], right=True)
+        counts = self.counts.new_zeros(len(values), self.bins)
+        return counts.scatter_add_(1, bin_index, torch.ones_like(values, dtype=counts.dtype))
 
     def compute(self) -> dict[str, Tensor]:
         """`counts [slots, bins]`."""
@@ -252,13 +275,11 @@ class FirstNonFinite(SlotMetric):
 
     def update(self, values: Tensor, stream_id: Tensor, step: int) -> None:
         """Look at `values [slots, B]`; `stream_id [B]` int64 and `step` name what is found."""
-        bad = values.isfinite().logical_not().flatten()
-        index = bad.int().argmax()
+        # 0 times NaN and infinity are NaN; of several maxima, max names the first.
+        any_bad, index = (values * 0 != 0).flatten().max(dim=0)
         slot, row = index // values.shape[1], index % values.shape[1]
-        stream = stream_id.gather(0, row.unsqueeze(0)).squeeze(0)
-        here = torch.stack([torch.full_like(index, step), slot, row, stream])
-        any_bad = bad.any()
-        self.where.copy_(torch.where((self.where[0] < 0) & any_bad, here, self.where))
+        here = torch.stack([torch.full_like(index, step), slot, row, stream_id.take(row)])
+        torch.where((self.where[0] < 0) & any_bad, here, self.where, out=self.where)
         self.found.add_(any_bad)
 
     def compute(self) -> dict[str, Tensor]:

@@ -118,4 +118,5 @@ class FastState:
     def publish(self, topic: str, slot: str, **values: Tensor) -> None:
         """Leave statistics for the monitors, detached, on the device. The last write wins."""
         fields = self.published.setdefault(topic, {}).setdefault(slot, {})
-        fields.update({name: value.detach() for name, value in values.items()})
+        for name, value in values.items():
+            fields[name] = value.detach() if value.requires_grad else value

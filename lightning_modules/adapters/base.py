@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_modules.generation import check_nothing_missed, state_of
@@ -231,6 +232,7 @@ def gated(branch: Tensor, gate: Tensor | None) -> Tensor:
     return branch if gate is None else branch * gate
 
 
+@torch.no_grad()
 def publish_gates(
     fast_state: FastState,
     slot: str,
@@ -249,12 +251,18 @@ def publish_gates(
     """
     values = dict(gates)
     if residual is not None:
-        scale = residual.detach().flatten(1).float().norm(dim=1)
+        scale = _row_norms(residual)
         for name, branch in branches.items():
             if branch is not None:
-                values[f"ratio_{name}"] = branch.detach().flatten(1).float().norm(dim=1) / scale
+                values[f"ratio_{name}"] = _row_norms(branch) / scale
     present = {name: value for name, value in values.items() if value is not None}
     fast_state.publish("gate", slot, **present)
+
+
+def _row_norms(x: Tensor) -> Tensor:
+    """Norm of all that a row has, `[B]`, in float32 at least."""
+    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), dtype=dtype)
 
 
 def _accept_base_keys(adapter: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_modules.layers.weight_change import change_statistics
 from lightning_modules.ops.states import LaCTState
 
 if TYPE_CHECKING:
@@ -60,12 +61,11 @@ def publish_statistics(
         next_state: state after it.
     """
     learned = tuple(w.to(next_state.w0.dtype) for w in layer.fast_weights)
-    after = weights_in_use(learned, next_state)
     if fast_state.listens("fast_weight"):
         eta = problem.lr
         if problem.mask is not None:
             eta = eta * problem.mask.view(*problem.mask.shape, *[1] * (eta.dim() - 2))
-        fast_state.publish("fast_weight", slot, eta=eta, **weight_statistics(learned, after))
+        fast_state.publish("fast_weight", slot, eta=eta, **weight_statistics(learned, next_state))
     if fast_state.listens("inner_loss"):
         before = learned if state is None else weights_in_use(learned, state)
         counted = _counted_tokens(problem, next_state)
@@ -80,7 +80,7 @@ def publish_statistics(
             "inner_loss",
             slot,
             before=inner_loss(problem, before, counted, residual),
-            after=inner_loss(problem, after, counted, residual),
+            after=inner_loss(problem, weights_in_use(learned, next_state), counted, residual),
         )
 
 
@@ -91,24 +91,23 @@ def weights_in_use(learned: Weights, state: LaCTState) -> Weights:
     return tuple(torch.where(_per_row(begun, value), value, initial) for value, initial in pairs)
 
 
-def weight_statistics(learned: Weights, weights: Weights) -> dict[str, Tensor]:
+def weight_statistics(learned: Weights, state: LaCTState) -> dict[str, Tensor]:
     """Size of the change of the fast weights, over all networks of the stack.
 
     Args:
         learned: weights before the first token, `[r, H, ...]`.
-        weights: those in use, `[B, r, H, ...]`.
+        state: has those in use, `[B, r, H, ...]`; a row that is fresh has not changed any.
 
     Returns:
         `state_norm [B, H] = ||W - W_learned||`, `weight_norm [H] = ||W_learned||` and
         `cosine [B, H]` between the two.
     """
-    initial = torch.cat([w.movedim(1, 0).flatten(1) for w in learned], dim=1)
-    current = torch.cat([w.movedim(2, 1).flatten(2) for w in weights], dim=2)
-    return {
-        "state_norm": (current - initial).norm(dim=-1),
-        "weight_norm": initial.norm(dim=-1),
-        "cosine": F.cosine_similarity(current, initial.unsqueeze(0), dim=-1),
-    }
+    weights = (state.w0, state.w1, state.w2)
+    initial, current = (
+        torch.cat([value.flatten(-2) for value in values], dim=-1) for values in (learned, weights)
+    )
+    begun = _per_row(state.tokens_seen > 0, current)
+    return change_statistics(initial, torch.where(begun, current - initial, 0.0), dim=(-3, -1))
 
 
 def inner_loss(problem: InnerProblem, weights: Weights, counted: Tensor, residual: bool) -> Tensor:

@@ -291,10 +291,10 @@ def _head_size(hidden_size: int, config: TTTConfig) -> int:
 
 def _writing_tokens(x: Tensor, mask: Tensor | None, write_mask: Tensor | None) -> Tensor:
     """Tokens that change the fast weights, bool `[B, T]`."""
-    writes = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    for allowed in (mask, write_mask):
-        writes = writes if allowed is None else writes & allowed
-    return writes
+    masks = [allowed for allowed in (mask, write_mask) if allowed is not None]
+    if not masks:
+        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    return masks[0] if len(masks) == 1 else masks[0] & masks[1]
 
 
 def _document_counts(writes: Tensor, document_ids: Tensor | None) -> Tensor:

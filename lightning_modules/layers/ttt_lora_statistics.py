@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.layers.ttt_lora import Inputs, TTTLoRACell, loss_norm
+from lightning_modules.layers.weight_change import change_statistics
 from lightning_modules.ops import TTTLoRAState
 from lightning_modules.ops.ttt_lora import inner_loss
 
@@ -41,7 +41,8 @@ def publish_statistics(
     if not (weights or losses):  # no_grad alone would be felt in every call
         return
     with torch.no_grad():
-        exists = torch.ones_like(inputs.k[..., 0, 0], dtype=torch.bool) if mask is None else mask
+        rows = inputs.projected.shape[:2]
+        exists = inputs.projected.new_ones(rows, dtype=torch.bool) if mask is None else mask
         if weights:
             _publish_weights(cells, fast_state, slot, inputs, exists, states[1])
         if losses:
@@ -59,14 +60,11 @@ def _publish_weights(
 ) -> None:
     """How far the fast weights have come."""
     weight = torch.stack([cell.w_base for cell in cells]).flatten(1).to(after.dw.dtype)
-    delta = after.dw.flatten(2)
     fast_state.publish(
         "fast_weight",
         slot,
-        eta=inputs.eta.expand(inputs.k.shape[:3]) * exists.unsqueeze(-1),
-        state_norm=delta.norm(dim=-1),
-        weight_norm=weight.norm(dim=-1),
-        cosine=F.cosine_similarity(weight + delta, weight.unsqueeze(0), dim=-1),
+        eta=inputs.eta * exists.unsqueeze(-1),
+        **change_statistics(weight, after.dw.flatten(2)),
     )
 
 

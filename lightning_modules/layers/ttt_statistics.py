@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_modules.layers.weight_change import change_statistics
+
 if TYPE_CHECKING:
     from lightning_modules.layers.ttt import TTTLayer
     from lightning_modules.streams import FastState
@@ -73,13 +75,14 @@ def weight_statistics(weights: Weights, deltas: Weights) -> dict[str, Tensor]:
         `state_norm [B, H] = ||dW||`, `weight_norm [H] = ||W||` and `cosine [B, H]`, the cosine of
         `W + dW` to `W`.
     """
-    weight = torch.cat([w.flatten(1) for w in weights[::2]], dim=1).to(deltas[0].dtype)
-    delta = torch.cat([d.flatten(2) for d in deltas[::2]], dim=2)
-    return {
-        "state_norm": delta.norm(dim=-1),
-        "weight_norm": weight.norm(dim=-1),
-        "cosine": F.cosine_similarity(weight + delta, weight.unsqueeze(0), dim=-1),
-    }
+    weight, delta = (_matrices(values) for values in (weights, deltas))
+    return change_statistics(weight.to(delta.dtype), delta)
+
+
+def _matrices(values: Weights) -> Tensor:
+    """All entries of a head's matrices in one row, `[..., H, N]`; of one matrix it is a view."""
+    flat = [value.flatten(-2) for value in values[::2]]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
 
 
 def inner_losses(

@@ -8,10 +8,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from spy import SyncSpy
+from spy import OperationCount, SyncSpy
 from toy_streams import ToyModule, fit, toy_batches
 
-from callbacks import EMA, FastWeightMonitor, GateMonitor, Throughput
+from callbacks import EMA, FastWeightMonitor, GateMonitor, RouterMonitor, Throughput
 from callbacks.monitor import Monitor
 from callbacks.statistics import RunningMoments
 
@@ -78,6 +78,40 @@ def test_a_flush_is_one_transfer_per_monitor_histograms_and_figures_included(
 def test_the_spy_catches_a_monitor_that_reads_a_number_every_step(tmp_path: Path) -> None:
     spy = spy_on(tmp_path, [ReadingMonitor(EVERY, 1)])
     assert spy.during(2) == ["_local_scalar_dense"] * 2  # one per chunk
+
+
+class Around(pl.Callback):
+    """Counts, by step, the operations in the hooks of the monitors, which it hands on to."""
+
+    def __init__(self, monitors: list[Monitor]) -> None:
+        self.monitors = monitors
+        self.launches: dict[int, int] = {}
+
+    def on_train_start(self, *args: Any) -> None:
+        self._tell("on_train_start", *args)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.step = trainer.global_step + 1
+        self._tell("on_train_batch_start", trainer, *args)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self._tell("on_train_batch_end", *args)
+
+    def _tell(self, hook: str, *args: Any) -> None:
+        with OperationCount() as count:
+            for monitor in self.monitors:
+                getattr(monitor, hook)(*args)
+        if hook != "on_train_start":
+            self.launches[self.step] = self.launches.get(self.step, 0) + count.calls
+
+
+def test_monitors_launch_nothing_in_a_step_that_is_not_looked_at(tmp_path: Path) -> None:
+    around = Around([GateMonitor(8, 4), FastWeightMonitor(8, 4), RouterMonitor(8, 4)])
+    module = ToyModule(depth=2)
+    fit(module, toy_batches(20), tmp_path, [around])
+    looked = {n // 2 + 1 for n, entry in enumerate(module.history) if entry["published"]}
+    assert {8, 16} < looked and len(looked) < 10
+    assert {step for step, launches in around.launches.items() if launches} == looked
 
 
 class ShowsItsLoss(ToyModule):

@@ -126,6 +126,24 @@ def test_row_means_equal_numpy() -> None:
     np.testing.assert_allclose(result.numpy(), expected, rtol=1e-6)
 
 
+def test_slots_of_a_shape_are_reduced_together_and_stay_in_their_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 4), (3, 2, 5), (3, 4), (3, 2), (3, 2, 5))
+    values = [torch.randn(shape, generator=generator) for shape in shapes]
+    groups = group_slots(values).map(lambda group: group + 1)
+    assert [len(group) for group in groups] == [2, 2, 1]
+    means = [value.reshape(3, -1).double().mean(1).numpy() + 1 for value in values]
+    np.testing.assert_allclose(row_means(groups).numpy(), means, rtol=1e-5)
+    metric, histogram = RunningMoments(5, CPU), RunningHistogram(5, CPU, low=-9.0, high=9.0, bins=1)
+    metric.update(groups)
+    histogram.update(groups)
+    result = {key: value.numpy() for key, value in metric.compute().items()}
+    np.testing.assert_allclose(result["mean"], [mean.mean() for mean in means], rtol=1e-5)
+    np.testing.assert_allclose(result["max"], [value.max() + 1 for value in values], rtol=1e-5)
+    sizes = [value.numel() for value in values]
+    assert result["count"].tolist() == histogram.compute()["counts"].flatten().tolist() == sizes
+
+
 def test_to_host_keeps_names_shapes_and_large_integers() -> None:
     tensors = {"a": torch.randn(2, 3), "id": torch.tensor([2**40 + 1]), "c": torch.tensor(0.5)}
     host = to_host(tensors)
