@@ -253,7 +253,7 @@ def line(
 
 WALK_CHOICES: list[dict[str, int]] = [
     *({"num_warps": warps} for warps in (4, 2, 8)),
-    *({"num_stages": stages} for stages in (1, 3)),
+    *({"num_stages": stages} for stages in (1, 2, 3)),
     *({"AHEAD": ahead} for ahead in (0, 1)),
     *({"AXIS": 0, "BT": tokens} for tokens in (16, 32, 64)),
     *({"AXIS": 0, "BT": tokens, "num_warps": 8} for tokens in (32, 64)),

@@ -329,16 +329,20 @@ def _axis(layout: Layout, size: int) -> int:
 
 
 def _walk(layout: Layout, size: int) -> dict[str, int]:
-    """Options of the kernels that walk from mini-batch to mini-batch."""
-    whole, wide = padded(layout.size), size > NARROW
+    """Options of the kernels that walk from mini-batch to mini-batch.
+
+    With tokens as rows Triton's pipeline loads two steps ahead: on an H200 that was faster than one
+    (see `benchmarks/NOTES.md`), and fits into shared memory even in float32.
+    """
+    whole, wide, axis = padded(layout.size), size > NARROW, _axis(layout, size)
     tokens = min(whole, PART) if wide else whole
     parts = whole // tokens
     return {
         "BT": tokens,
         "PARTS": parts,
-        "AHEAD": parts == 1 and _axis(layout, size) == 0,
+        "AHEAD": parts == 1 and axis == 0,
         "num_warps": 8 if wide else 4,
-        "num_stages": 2,
+        "num_stages": 3 if axis == 1 else 2,
     }
 
 

@@ -187,6 +187,49 @@ def key_gradients(dg, zh, g, gain, r, a, D: tl.constexpr, AXIS: tl.constexpr):
 
 
 @triton.jit
+def outgoing_gradients(
+    dw_out, db_out, gain, row, place, real, d, D: tl.constexpr, BD: tl.constexpr,
+    HAS_DSTATE: tl.constexpr,
+):  # fmt: skip
+    """`L`, `l` at the end of a row: the gradients at the state that it leaves, or 0."""
+    upper = tl.zeros([BD, BD], dtype=gain.dtype)
+    upper_bias = tl.zeros([BD], dtype=gain.dtype)
+    if HAS_DSTATE:
+        upper += tl.load(dw_out + place, mask=real, other=0.0)
+        upper_bias += tl.load(db_out + row * D + d, mask=d < D, other=0.0)
+    return upper, upper_bias
+
+
+@triton.jit
+def undo_writing(
+    dh, dz, keys, own, z, new, r, a, step, upper, upper_bias, gain, slot, inside, out,
+    D: tl.constexpr, AXIS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store `dh`, `dz` of a mini-batch, `own` the part of `dG` inside it; return `dz`."""
+    at, kept = inputs_of(slot, AXIS) * D + out, inputs_of(inside, AXIS) & (out < D)
+    z, new = z.to(gain.dtype), new.to(gain.dtype)
+    wrote = applied(upper, keys, AXIS, PRECISION) + outputs_of(upper_bias, AXIS)
+    below, read = key_gradients(own.to(gain.dtype) + wrote * step, z, new, gain, r, a, D, AXIS)
+    read = tl.where(kept, read, 0.0)
+    tl.store(dh + at, below.to(keys.dtype), mask=kept)
+    tl.store(dz + at, read.to(keys.dtype), mask=kept)
+    return read
+
+
+@triton.jit
+def add_readings(
+    upper, upper_bias, queries, asking, keys, read, AXIS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """`L + q^T dp + k^T dz` and `l + sum(dp) + sum(dz)`; queries are rows whatever AXIS is."""
+    if AXIS == 0:
+        upper += tl.dot(asking, queries, input_precision=PRECISION)
+    else:
+        upper += tl.dot(tl.trans(queries), asking, input_precision=PRECISION)
+    upper += outer(read.to(keys.dtype), keys, AXIS, PRECISION)
+    return upper, upper_bias + tl.sum(asking.to(read.dtype) + read, 1 - AXIS)
+
+
+@triton.jit
 def add_initial(dw, db, row, place, real, weight, bias, d, D: tl.constexpr):
     """Add the gradients of the weights with which the documents of a row begin."""
     add_to(dw + place, weight, real)
@@ -283,11 +326,9 @@ def weight_gradient_kernel(
     out = outputs_of(d, AXIS)
     gain = tl.load(gamma + h * D + out, mask=out < D, other=0.0)
     upward = row * D * D + inputs_of(d, AXIS) * D + out
-    upper = tl.zeros([BD, BD], dtype=gamma.dtype.element_ty)
-    upper_bias = tl.zeros([BD], dtype=gamma.dtype.element_ty)
-    if HAS_DSTATE:
-        upper += tl.load(dw_out + upward, mask=real, other=0.0)
-        upper_bias += tl.load(db_out + row * D + d, mask=d < D, other=0.0)
+    upper, upper_bias = outgoing_gradients(
+        dw_out, db_out, gain, row, upward, real, d, D, BD, HAS_DSTATE
+    )
     if AHEAD:
         following = tokens_to_undo(
             q, k, eta, tau, held_k, held_eta, token, fill, last, g, dp, dg, zh, rstd, along, row,
@@ -313,21 +354,13 @@ def weight_gradient_kernel(
             )  # fmt: skip
             if not AHEAD:
                 keys, queries, asking, own, z, new, r, a, step = following
-            at = inputs_of(row * N * m + n * m + i, AXIS) * D + out
-            kept = inputs_of(i < m, AXIS) & (out < D)
-            z, new = z.to(gain.dtype), new.to(gain.dtype)
-            wrote = applied(old, keys, AXIS, PRECISION) + outputs_of(old_bias, AXIS)
-            own = own.to(gain.dtype) + wrote * step
-            below, read = key_gradients(own, z, new, gain, r, a, D, AXIS)
-            read = tl.where(kept, read, 0.0)
-            tl.store(dh + at, below.to(keys.dtype), mask=kept)
-            tl.store(dz + at, read.to(keys.dtype), mask=kept)
-            if AXIS == 0:
-                upper += tl.dot(asking, queries, input_precision=PRECISION)
-            else:
-                upper += tl.dot(tl.trans(queries), asking, input_precision=PRECISION)
-            upper += outer(read.to(keys.dtype), keys, AXIS, PRECISION)
-            upper_bias += tl.sum(asking.to(gain.dtype) + read, 1 - AXIS)
+            read = undo_writing(
+                dh, dz, keys, own, z, new, r, a, step, old, old_bias, gain, row * N * m + n * m + i,
+                i < m, out, D, AXIS, PRECISION,
+            )  # fmt: skip
+            upper, upper_bias = add_readings(
+                upper, upper_bias, queries, asking, keys, read, AXIS, PRECISION
+            )
         if HAS_DOCUMENTS:  # noqa: SIM102  (known when the kernel is compiled)
             if tl.load(restart + n * B + b) != 0:
                 add_initial(dw_rows, db_rows, row, upward, real, upper, upper_bias, d, D)

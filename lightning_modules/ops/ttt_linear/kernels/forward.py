@@ -60,6 +60,48 @@ def tokens_to_write(
     return keys, values, there, inputs_of(-factor * e, AXIS)
 
 
+@triton.jit
+def written(
+    keys, values, there, weight, bias, gain, square, offset, out, D: tl.constexpr,
+    EPS: tl.constexpr, AXIS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`G` of a mini-batch, 0 where no token is: the equations of `write_kernel`."""
+    miss = offset + (keys.to(gain.dtype) - values.to(gain.dtype))
+    z = applied(weight, keys, AXIS, PRECISION) + outputs_of(bias, AXIS)
+    total, squares = both_sums(z, z * z, AXIS)
+    mean = total / D  # of rounding errors: see `tiles.py`
+    rstd = tl.rsqrt(tl.maximum(squares / D - mean * mean, 0.0) + EPS)
+    rstd = inputs_of(rstd, AXIS)
+    zh = (z - inputs_of(mean, AXIS)) * rstd
+    error = square * zh + gain * miss
+    total, along = both_sums(error, zh * error, AXIS)
+    new = error - inputs_of(total / D, AXIS) - zh * inputs_of(along / D, AXIS)
+    return tl.where(there & (out < D), rstd * new, 0.0)
+
+
+@triton.jit
+def store_change(
+    dw_out, db_out, weight, bias, w, b0, dw, db, kept, first, row, b, d, D: tl.constexpr,
+    AXIS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+):  # fmt: skip
+    """The outgoing state: W less its start, on top of what the row came with.
+
+    In a row where a document began, what it came with is gone from both.
+    """
+    keep = 1
+    if HAS_DOCUMENTS:
+        keep = tl.load(kept + b)
+    start, start_bias = initial_weights(w, b0, dw, db, first, row, keep, d, D, AXIS, HAS_STATE)
+    weight, bias = weight - start, bias - start_bias
+    real = (d[:, None] < D) & (d[None, :] < D)
+    place = row * D * D + inputs_of(d, AXIS) * D + outputs_of(d, AXIS)
+    if HAS_STATE:
+        weight += tl.load(dw + place, mask=real & (keep != 0), other=0.0)
+        bias += tl.load(db + row * D + d, mask=(d < D) & (keep != 0), other=0.0)
+    tl.store(dw_out + place, weight, mask=real)
+    tl.store(db_out + row * D + d, bias, mask=d < D)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def write_kernel(
     k,
@@ -146,34 +188,19 @@ def write_kernel(
             )  # fmt: skip
             if not AHEAD:
                 keys, values, there, step = following
-            miss = offset + (keys.to(weight.dtype) - values.to(weight.dtype))
-            z = applied(old, keys, AXIS, PRECISION) + outputs_of(old_bias, AXIS)
-            total, squares = both_sums(z, z * z, AXIS)
-            mean = total / D  # of rounding errors: see `tiles.py`
-            rstd = tl.rsqrt(tl.maximum(squares / D - mean * mean, 0.0) + EPS)
-            rstd = inputs_of(rstd, AXIS)
-            zh = (z - inputs_of(mean, AXIS)) * rstd
-            error = square * zh + gain * miss
-            total, along = both_sums(error, zh * error, AXIS)
-            new = error - inputs_of(total / D, AXIS) - zh * inputs_of(along / D, AXIS)
-            new = tl.where(there & (out < D), rstd * new, 0.0)
+            new = written(
+                keys, values, there, old, old_bias, gain, square, offset, out, D, EPS, AXIS,
+                PRECISION,
+            )  # fmt: skip
             slot = inputs_of(row * N * m + n * m + i, AXIS) * D + out
             tl.store(g + slot, new.to(keys.dtype), mask=inputs_of(i < m, AXIS) & (out < D))
             change = new * step
             weight += outer(change.to(keys.dtype), keys, AXIS, PRECISION)
             bias += tl.sum(change, 1 - AXIS)
-    keep = 1
-    if HAS_DOCUMENTS:
-        keep = tl.load(kept + b)
-    start, start_bias = initial_weights(w, b0, dw, db, first, row, keep, d, D, AXIS, HAS_STATE)
-    weight, bias = weight - start, bias - start_bias
-    real = (d[:, None] < D) & (d[None, :] < D)
-    place = row * D * D + inputs_of(d, AXIS) * D + out
-    if HAS_STATE:
-        weight += tl.load(dw + place, mask=real & (keep != 0), other=0.0)
-        bias += tl.load(db + row * D + d, mask=(d < D) & (keep != 0), other=0.0)
-    tl.store(dw_out + place, weight, mask=real)
-    tl.store(db_out + row * D + d, bias, mask=d < D)
+    store_change(
+        dw_out, db_out, weight, bias, w, b0, dw, db, kept, first, row, b, d, D, AXIS, HAS_STATE,
+        HAS_DOCUMENTS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -38,6 +38,18 @@ def store_etas(call, held, x, t, there, b, h, T, P, H, HAS_PENDING: tl.constexpr
         tl.store(held + (b * P + P + t) * H + h, x, mask=there & (t < 0))
 
 
+@triton.jit
+def add_readings_of_keys(out, dstep, read, new, keys, before, n, PRECISION: tl.constexpr):
+    """Add `(x + x^T) k`, what keys read of earlier mini-batches, and its gradients of steps."""
+    x = tl.dot(read, tl.trans(new), input_precision=PRECISION)
+    scores = tl.dot(keys, tl.trans(keys), input_precision=PRECISION) + 1.0
+    dstep += tl.sum(tl.where(n[:, None] > n[None, :], x * scores, 0.0), 0)
+    x = (x * before).to(keys.dtype)
+    out += tl.dot(x, keys, input_precision=PRECISION)
+    out += tl.dot(tl.trans(x), keys, input_precision=PRECISION)
+    return out, dstep
+
+
 @triton.jit(do_not_specialize=SIZES)
 def input_gradient_kernel(
     q,
@@ -126,12 +138,7 @@ def input_gradient_kernel(
     out = tl.dot(tl.trans(u), queries, input_precision=PRECISION)
     read = load_slots(dz, at, d, within, D)
     if not SINGLE:
-        x = tl.dot(read, tl.trans(new), input_precision=PRECISION)
-        scores = tl.dot(keys, tl.trans(keys), input_precision=PRECISION) + 1.0
-        dstep += tl.sum(tl.where(n[:, None] > n[None, :], x * scores, 0.0), 0)
-        x = (x * before).to(keys.dtype)
-        out += tl.dot(x, keys, input_precision=PRECISION)
-        out += tl.dot(tl.trans(x), keys, input_precision=PRECISION)
+        out, dstep = add_readings_of_keys(out, dstep, read, new, keys, before, n, PRECISION)
     out += tl.dot(read, weight, input_precision=PRECISION)
     upper = load_weights(dweights, state, d, lane[:, None], D, AXIS)
     written = tl.dot(new, upper, input_precision=PRECISION)
