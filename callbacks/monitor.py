@@ -8,10 +8,10 @@ writes them; the steps in between never wait for the device.
 from __future__ import annotations
 
 import re
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from typing import Any, ClassVar, TypeVar
 
@@ -267,17 +267,15 @@ class Monitor(Callback):
 
 def _results(entries: Mapping[str, _Entry]) -> dict[str, SlotResult]:
     """All metrics on the host, in one transfer."""
-    with warnings.catch_warnings():
-        # A metric without values on this process may have some of the others', or counts 0.
-        warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
-        computed = {name: entry.metric.compute() for name, entry in entries.items()}
+    # The class's own: the instance's also clones what it gives, squeezes it, and warns of a metric
+    # without values on this process, which may have some of the others', or counts 0.
+    computed = {name: type(entry.metric).compute(entry.metric) for name, entry in entries.items()}
     flat = {
         f"{name}\n{key}": value
         for name, values in computed.items()
         for key, value in values.items()
     }
-    # atleast_1d: torchmetrics turns a result with one element into a scalar.
-    host = {key: np.atleast_1d(value) for key, value in to_host(flat).items()}
+    host = to_host(flat)
     return {
         name: SlotResult(entry.slots, {key: host[f"{name}\n{key}"] for key in computed[name]})
         for name, entry in entries.items()
@@ -308,6 +306,7 @@ def _stop_if_not_finite(monitor: str, scalars: Mapping[str, float], step: int) -
         )
 
 
+@cache
 def layer_tag(slot: str) -> str:
     """`layer_03` of a slot such as `layers.3.self_attn`; a slot without a number is its own tag."""
     numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", slot)

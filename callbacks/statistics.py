@@ -86,6 +86,12 @@ class SlotMetric(Metric):
         self.slots = slots
         self._where = {"device": device, "dtype": wide_dtype(device)}
 
+    def reset(self) -> None:
+        """As torchmetrics' own, but in place: that one copies every default anew."""
+        self._update_count, self._computed = 0, None
+        for name, default in self._defaults.items():
+            getattr(self, name).copy_(default)
+
     def _add(self, name: str, reduction: str, *shape: int, fill: float = 0.0) -> None:
         self.add_state(name, torch.full(shape, fill, **self._where), dist_reduce_fx=reduction)  # type: ignore[call-overload]
 
