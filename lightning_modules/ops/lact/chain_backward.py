@@ -179,8 +179,10 @@ class Writing:
             self._through_momentum(n, carry, change)
         self.left = None
         if change.write is not None:
-            tokens = self.chunks[change.write]
-            self.left = stack.write_backward(call.form, self.operands, *tokens, self.rooms)
+            k, v, rates, drates = self.chunks[change.write]
+            self.left = stack.write_backward(
+                call.form, self.operands, k, v, rates, drates, self.rooms
+            )
 
     def _through_momentum(self, n: int, carry: list[Carry], change: Change) -> None:
         call, versions, dchange = self.call, self.versions, self.dchange

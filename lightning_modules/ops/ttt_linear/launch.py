@@ -5,9 +5,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_modules.ops.launcher import Grid, Options, given, launcher
 from lightning_modules.ops.tile_size import padded
 from lightning_modules.ops.ttt_eager import refuse_second_derivatives
 from lightning_modules.ops.ttt_linear.layout import GROUP, Layout
+
+KERNELS = "lightning_modules.ops.ttt_linear.kernels"
 
 
 class Call(NamedTuple):
@@ -90,35 +93,39 @@ class Saved(NamedTuple):
 
 def run_forward(call: Call, x: Inputs) -> tuple[Tensor, Tensor, Tensor, Saved]:
     """Outputs, the state's changes, and what the backward pass needs."""
-    from lightning_modules.ops.ttt_linear.kernels.forward import read_kernel, write_kernel
-
     layout, size = call.layout, x.q.shape[-1]
     o, dw, db, saved = room_forward(call, x)
     batch, heads, groups = saved.weights.shape[:3]
-    shared = _shared(call, x)
     with torch.cuda.device_of(x.q):
-        write_kernel[(batch * heads,)](
-            **_tokens(x, "k", "v", "eta", "held_k", "held_v", "held_eta"),
-            **_tokens(x, "tau", "gamma", "beta", "w", "b0", "dw", "db"),
-            **saved._asdict(),
-            restart=layout.restart,
-            kept=layout.kept,
-            dw_out=dw,
-            db_out=db,
+        _launch(
+            "forward.write_kernel",
+            (batch * heads, 1, 1),
+            call,
+            x,
+            {
+                **_tokens(x, "k", "v", "eta", "held_k", "held_v", "held_eta"),
+                **_tokens(x, "tau", "gamma", "beta", "w", "b0", "dw", "db"),
+                **saved._asdict(),
+                **{"restart": layout.restart, "kept": layout.kept, "dw_out": dw, "db_out": db},
+            },
             EPS=call.eps,
             PER_ROW=x.w.dim() == 4,
             HAS_STATE=x.dw is not None,
             HAS_DOCUMENTS=layout.restart is not None,
             **_walk(layout, size),
-            **shared,
         )
-        read_kernel[(groups, batch * heads)](
-            **_tokens(x, "q", "k", "eta", "held_k", "held_eta", "tau", "gamma", "beta"),
-            **saved._asdict(),
-            o=o,
+        _launch(
+            "forward.read_kernel",
+            (groups, batch * heads, 1),
+            call,
+            x,
+            {
+                **_tokens(x, "q", "k", "eta", "held_k", "held_eta", "tau", "gamma", "beta"),
+                **saved._asdict(),
+                "o": o,
+            },
             EPS=call.eps,
             **_tile(layout, size),
-            **shared,
         )
     return o, dw, db, saved
 
@@ -147,54 +154,49 @@ def run_backward(
     db_out: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the inputs, in their order, from those of the outputs (None: zero)."""
-    from lightning_modules.ops.ttt_linear.kernels import backward, inputs
-
     layout, (batch, heads, groups, size, _) = call.layout, saved.weights.shape
     upper, halves = _upper(x, dw_out, db_out), 1 if size <= NARROW else 2
     slot = {name: torch.empty_like(saved.g) for name in ("dp", "dg", "zh", "dh", "dz")}
     scalar = {name: x.eta.new_empty(saved.g.shape[:3]) for name in ("rstd", "along")}
     state, sums = _state_gradients(call, saved, x), x.eta.new_empty(batch, heads, groups, 2, size)
-    token, shared = _token_gradients(call, x), _shared(call, x)
+    token = _token_gradients(call, x)
     dtau = x.eta.new_empty(batch, heads, layout.number, layout.size)
-    do = torch.zeros_like(x.q) if do is None else do.contiguous()
-    ends = {"beta": x.beta, "do": do, "sums": sums, **_tile(layout, size)}
-    given = _tokens(x, "q", "k", "v", "eta", "held_k", "held_v", "held_eta", "tau", "gamma")
-    fewer = {name: given[name] for name in given if name not in ("v", "held_v")}
+    ends = {"beta": x.beta, "do": torch.zeros_like(x.q) if do is None else do.contiguous()}
+    ends |= {"sums": sums, "g": saved.g, "weights": saved.weights}
+    own = _tokens(x, "q", "k", "v", "eta", "held_k", "held_v", "held_eta", "tau", "gamma")
+    fewer = {name: own[name] for name in own if name not in ("v", "held_v")}
+    some = {name: slot[name] for name in ("dp", "dg", "zh")}
+    others = {name: slot[name] for name in ("dp", "dh", "dz", "zh")}
+    of_groups = {name: state[name] for name in ("dweights", "dbiases")}
     with torch.cuda.device_of(x.q):
-        backward.output_gradient_kernel[(groups, batch * heads, halves)](
-            **given,
-            **saved._asdict(),
-            **scalar,
-            **{name: slot[name] for name in ("dp", "dg", "zh")},
-            **ends,
+        _launch(
+            "backward.output_gradient_kernel",
+            (groups, batch * heads, halves),
+            call,
+            x,
+            {**own, **scalar, **some, **ends, "biases": saved.biases},
             EPS=call.eps,
             HALVES=halves,
-            **shared,
+            **_tile(layout, size),
         )
-        backward.weight_gradient_kernel[(batch * heads,)](
-            **fewer,
-            **scalar,
-            **slot,
-            **state,
-            g=saved.g,
-            restart=layout.restart,
-            dw_out=upper[0],
-            db_out=upper[1],
+        end = {"g": saved.g, "restart": layout.restart, "dw_out": upper[0], "db_out": upper[1]}
+        _launch(
+            "backward.weight_gradient_kernel",
+            (batch * heads, 1, 1),
+            call,
+            x,
+            {**fewer, **scalar, **slot, **state, **end},
             HAS_DSTATE=upper[0] is not None,
             HAS_DOCUMENTS=layout.restart is not None,
             **_walk(layout, size),
-            **shared,
         )
-        inputs.input_gradient_kernel[(groups, batch * heads)](
-            **given,
-            **{name: slot[name] for name in ("dp", "dh", "dz", "zh")},
-            **{name: state[name] for name in ("dweights", "dbiases")},
-            **token,
-            **ends,
-            g=saved.g,
-            weights=saved.weights,
-            dtau=dtau,
-            **shared,
+        _launch(
+            "inputs.input_gradient_kernel",
+            (groups, batch * heads, 1),
+            call,
+            x,
+            {**own, **others, **of_groups, **token, **ends, "dtau": dtau},
+            **_tile(layout, size),
         )
     return _gradients(call, x, state, token, upper, dw_out, db_out, sums, dtau)
 
@@ -254,7 +256,7 @@ def _gradients(
     """Sum what programs left in parts, in an order that does not depend on the run."""
     norm = sums.sum((0, 2))
     learned, carried = [], []
-    for name, given, centred, initial in (
+    for name, outgoing, centred, initial in (
         ("dw", dw_out, upper[0], x.w),
         ("db", db_out, upper[1], x.b0),
     ):
@@ -264,8 +266,8 @@ def _gradients(
         # The outgoing change is W less the initial weight.
         rows = rows if centred is None else rows - centred
         learned.append(rows if initial.dim() == 4 else rows.sum(0))
-        if given is not None:
-            mean = given.mean(-1, keepdim=True)
+        if outgoing is not None:
+            mean = outgoing.mean(-1, keepdim=True)
             kept = call.layout.kept
             below = below + (mean if kept is None else mean * kept.view(-1, 1, 1, 1))
         carried.append(None if x.dw is None else below)
@@ -284,29 +286,37 @@ def _tokens(x: Inputs, *names: str) -> dict[str, Tensor | None]:
     return {name: getattr(x, name) for name in names}
 
 
-def _shared(call: Call, x: Inputs) -> dict[str, Any]:
-    """Sizes and switches that every kernel takes."""
+def _launch(
+    name: str, grid: Grid, call: Call, x: Inputs, tensors: dict[str, Tensor | None], **own: Any
+) -> None:
+    """Launch a kernel, `module.name`.
+
+    Args:
+        name: of the kernel.
+        grid: how many programs.
+        call: as in `run_forward`.
+        x: likewise.
+        tensors: that the kernel takes beside those of the layout, by its names for them.
+        **own: constants and options that not every kernel takes.
+    """
     layout, (batch, time, heads, size) = call.layout, x.q.shape
-    return {
-        "token": layout.token,
-        "fill": layout.fill,
-        "last": layout.last,
-        "T": time,
-        "N": layout.number,
-        "m": layout.size,
-        "S": layout.group,
-        "P": layout.pending,
-        "B": batch,
-        "H": heads,
-        "D": size,
-        "BD": padded(size),
-        "AXIS": _axis(layout, size),
-        "PRECISION": "tf32x3" if x.q.dtype == torch.float32 else "ieee",
-        "CAUSAL": call.causal,
-        "FLUSH": call.flush,
-        "HAS_GRID": layout.token is not None,
-        "HAS_PENDING": layout.pending > 0,
-    }
+    module, _, kernel = name.partition(".")
+    found = launcher(f"{KERNELS}.{module}", kernel)
+    tensors |= {"token": layout.token, "fill": layout.fill, "last": layout.last}
+    in_order = [tensors[n] for n in found.kernel.arg_names[: len(tensors)]]
+    options = Options(
+        own,
+        D=size,
+        BD=padded(size),
+        AXIS=_axis(layout, size),
+        PRECISION="tf32x3" if x.q.dtype == torch.float32 else "ieee",
+        CAUSAL=call.causal,
+        FLUSH=call.flush,
+        HAS_GRID=layout.token is not None,
+        HAS_PENDING=layout.pending > 0,
+    )
+    numbers = (time, layout.number, layout.size, layout.group, layout.pending, batch, heads)
+    found(grid, given(in_order, x.q), numbers, options)
 
 
 NARROW = 64
