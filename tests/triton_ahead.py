@@ -37,6 +37,11 @@ class Compiled(NamedTuple):
 
 
 def compiled_by(code: str) -> list[Compiled]:
+    """Kernels that a program prints."""
+    return [Compiled(*found) for found in printed_by(code)]
+
+
+def printed_by(code: str) -> Any:
     """What a program prints as JSON, run without TRITON_INTERPRET."""
     folder = Path(__file__).parent
     environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
@@ -44,7 +49,7 @@ def compiled_by(code: str) -> list[Compiled]:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return [Compiled(*found) for found in json.loads(done.stdout)]
+    return json.loads(done.stdout)
 
 
 @contextmanager
