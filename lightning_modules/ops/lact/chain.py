@@ -77,7 +77,7 @@ def _change_all(call: Call, x: Inputs) -> tuple[Versions, Tensor]:
     now = x.start.clone()
     blocks, pairs = list(zip(rows_of(x, versions), now, strict=True)), call.each_version(low)
     written = list(zip(k.unbind(), v.unbind(), rates.unbind(), strict=True))
-    rooms = stack.rooms(call.form, len(blocks), written[0][0], backward=False) if written else []
+    rooms = stack.rooms(call.form, len(blocks), k, backward=False)
     for n, change in enumerate(changes, start=1):
         sums = None
         if change.write is not None:

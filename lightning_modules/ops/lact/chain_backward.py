@@ -145,9 +145,7 @@ class Writing:
         tokens = (self.k, self.v, self.rates, self.drates)
         self.chunks = list(zip(*(each.unbind() for each in tokens), strict=True))
         self.rows = rows_of(x, versions)
-        self.rooms: list[few.Room] = []
-        if self.chunks:
-            self.rooms = stack.rooms(call.form, len(self.rows), self.chunks[0][0], backward=True)
+        self.rooms = stack.rooms(call.form, len(self.rows), self.k, backward=True)
         shape, sizes = versions.low.shape, call.sizes
         self.both = versions.low.new_empty(shape[0], shape[2], 2 * shape[3]).unbind()
         self.operands = [sizes.operands(both) for both in self.both]

@@ -65,8 +65,11 @@ def read_backward(
 
 
 def rooms(form: Form, blocks: int, k: Tensor, *, backward: bool) -> list[few.Room]:
-    """Where `write` or `write_backward` put what they compute of chunks such as k, if form.few."""
-    return few.rooms(blocks, k, form.hidden, backward=backward) if form.few else []
+    """Where `write` or `write_backward` put what they compute of the chunks k, `[N, G, C, D]`.
+
+    None without form.few, or without chunks.
+    """
+    return few.rooms(blocks, k[0], form.hidden, backward=backward) if form.few and len(k) else []
 
 
 def write(
