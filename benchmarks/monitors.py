@@ -151,20 +151,20 @@ class Stopwatch(pl.Callback):
 
     def _time(self, hook: str, step: int, *args: Any) -> None:
         """Add the host's time in a hook of all monitors, in which they may launch nothing."""
-        with Launches() as launches:
+        with Operations() as operations:
             began = time.perf_counter()
             self._tell(hook, *args)
             self.hooks += time.perf_counter() - began
-        if launches.names and step > self.warm_up:
-            raise RuntimeError(f"{hook} of an ordinary step ({step}) launches {launches.names}")
+        if operations.names and step > self.warm_up:
+            raise RuntimeError(f"{hook} of an ordinary step ({step}) launches {operations.names}")
 
     def _tell(self, hook: str, *args: Any) -> None:
         for monitor in self.monitors:
             getattr(monitor, hook)(*args)
 
 
-class Launches(TorchDispatchMode):
-    """Names of the operations of torch that run; where there are none, it costs nothing."""
+class Operations(TorchDispatchMode):
+    """Names of all operations of torch that run, also of views, unlike `launches.Launches`."""
 
     def __init__(self) -> None:
         super().__init__()
